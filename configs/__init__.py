@@ -1,0 +1,1 @@
+"""Configuration files for TorchServe and the engine, one per model size."""

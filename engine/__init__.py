@@ -1,0 +1,1 @@
+"""Time: requests, scheduling, the step loop, the rank group, and text in and out."""

@@ -1,0 +1,116 @@
+"""The engine's configuration: frozen, checked at once, free of torch."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from tpserve.engine.errors import ConfigError
+
+_POSITIVE = (
+    "tensor_parallel_size",
+    "max_seq_len",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "max_num_waiting",
+    "block_size",
+    "start_timeout_s",
+    "step_timeout_s",
+    "checksum_interval",
+)
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything that a rank needs to know.
+
+    Attributes:
+        checkpoint_dir: a folder written by `tpserve convert`.
+        tensor_parallel_size: number of ranks.
+        device: "auto" (CUDA where there is one), "cuda" or "cpu".
+        dtype: of weights and activations: "auto" (the checkpoint's; float32 on a CPU), "float32", "float16" or
+            "bfloat16".
+        max_seq_len: longest prompt plus output, in tokens.
+        max_num_seqs: sequences that may run at once.
+        max_num_batched_tokens: tokens of one step, decode and prefill together.
+        max_num_waiting: queued requests beyond which new ones are answered 429.
+        block_size: tokens of one KV block.
+        num_kv_blocks: size of the KV cache in blocks; None: from kv_cache_bytes or gpu_memory_utilization.
+        kv_cache_bytes: KV cache of one rank in bytes; None: on a CPU enough for max_num_seqs sequences of max_seq_len,
+            at most 1 GiB; on CUDA by gpu_memory_utilization.
+        gpu_memory_utilization: fraction of the device's memory that weights, activations and KV cache may fill.
+        start_timeout_s: from launch to ready.
+        step_timeout_s: without a heartbeat for so long, the group is taken for hung.
+        checksum_interval: ranks compare their decisions every so many steps.
+        max_restarts: relaunches within restart_window_s before the engine gives up.
+        restart_window_s: see max_restarts.
+    """
+
+    checkpoint_dir: str
+    tensor_parallel_size: int = 1
+    device: str = "auto"
+    dtype: str = "auto"
+    max_seq_len: int = 2048
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    max_num_waiting: int = 1024
+    block_size: int = 16
+    num_kv_blocks: int | None = None
+    kv_cache_bytes: int | None = None
+    gpu_memory_utilization: float = 0.9
+    start_timeout_s: float = 600.0
+    step_timeout_s: float = 60.0
+    checksum_interval: int = 64
+    max_restarts: int = 3
+    restart_window_s: float = 300.0
+
+    def __post_init__(self) -> None:
+        for name in _POSITIVE:
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.device not in ("auto", "cuda", "cpu"):
+            raise ConfigError(f"device must be auto, cuda or cpu, got {self.device!r}")
+        if self.dtype not in ("auto", "float32", "float16", "bfloat16"):
+            raise ConfigError(f"dtype must be auto, float32, float16 or bfloat16, got {self.dtype!r}")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
+                f"({self.max_num_seqs}): every running sequence decodes one token a step"
+            )
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(
+                f"gpu_memory_utilization must be above 0 and at most 1, got {self.gpu_memory_utilization}"
+            )
+
+    @classmethod
+    def field_names(cls) -> tuple[str, ...]:
+        """The configuration keys."""
+        return cls.__struct_fields__
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> EngineConfig:
+        """Checks names and types.
+
+        Raises:
+            ConfigError: names the key (and the nearest known one).
+        """
+        for name in fields:
+            if name not in cls.field_names():
+                raise ConfigError(unknown_key(name, cls.field_names()))
+        try:
+            return msgspec.convert(fields, cls)
+        except msgspec.ValidationError as e:
+            raise ConfigError(str(e)) from None
+
+    def with_checkpoint(self, folder: Path) -> EngineConfig:
+        """The same for another checkpoint folder."""
+        return msgspec.structs.replace(self, checkpoint_dir=str(folder))
+
+
+def unknown_key(name: str, known: Iterable[str]) -> str:
+    """The message for a key that nobody reads."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"unknown key {name!r}" + (f" (did you mean {near[0]!r}?)" if near else "")

@@ -1,0 +1,48 @@
+"""What can go wrong, as a tree:
+
+TpserveError
+├── ConfigError          the operator's configuration cannot be served
+├── RequestError         this request cannot be served; others are untouched
+│   └── OverloadedError  not now: try again after `retry_after_s`
+└── EngineError          the rank group failed
+"""
+
+from __future__ import annotations
+
+
+class TpserveError(Exception):
+    """Root of what this package raises on purpose."""
+
+
+class ConfigError(TpserveError, ValueError):
+    """A configuration that cannot be served; the message names the key and what to do."""
+
+
+class RequestError(TpserveError, ValueError):
+    """A request that is refused.
+
+    Attributes:
+        field: the request's field at fault, or None when it is the body as a whole.
+        status: the HTTP status that says so.
+    """
+
+    def __init__(self, message: str, field: str | None = None, status: int = 400) -> None:
+        super().__init__(message)
+        self.field = field
+        self.status = status
+
+
+class OverloadedError(RequestError):
+    """The queue is full.
+
+    Attributes:
+        retry_after_s: when it is worth trying again.
+    """
+
+    def __init__(self, message: str, retry_after_s: int = 1) -> None:
+        super().__init__(message, field=None, status=429)
+        self.retry_after_s = retry_after_s
+
+
+class EngineError(TpserveError, RuntimeError):
+    """The rank group died, hung, or disagreed."""

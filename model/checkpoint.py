@@ -1,0 +1,81 @@
+"""`model.json`: what a converted checkpoint folder says about itself. Free of torch: any process may read it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from tpserve.model.args import ModelArgs, ModelArgsError
+
+FORMAT, VERSION = "tpserve-dcp", 1
+MODEL_FILE = "model.json"
+MANIFEST_FILE = "manifest.json"
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+class CheckpointError(ValueError):
+    """A folder that is not a usable converted checkpoint; the message names the file and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointInfo:
+    """The content of `model.json`.
+
+    Attributes:
+        args: the network's numbers.
+        dtype: of the stored weights, one of `DTYPES`.
+        tokenizer: file name of the SentencePiece model in the folder; None: only token-id prompts are served.
+        bos_token_id, eos_token_id: of that tokenizer; None without one.
+        source: where the weights came from, for people.
+    """
+
+    args: ModelArgs
+    dtype: str
+    tokenizer: str | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    source: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def write(self, folder: Path) -> None:
+        """Writes `model.json` into `folder`."""
+        fields = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
+        (folder / MODEL_FILE).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> CheckpointInfo:
+        """Reads and checks `folder/model.json`.
+
+        Raises:
+            CheckpointError: the folder or the file is missing, of another format, or contradicts itself.
+        """
+        path = folder / MODEL_FILE
+        if not path.is_file():
+            shards = sorted(folder.glob("consolidated.*.pth"))
+            remedy = f"run: tpserve convert --ckpt_dir {folder} --out_dir …" if shards else "is it a converted folder?"
+            raise CheckpointError(f"{path} does not exist; {remedy}")
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError) as e:
+            raise CheckpointError(f"{path} is not JSON ({e}); convert the checkpoint again") from None
+        if not isinstance(fields, dict) or fields.get("format") != FORMAT:
+            raise CheckpointError(f"{path} is not a {FORMAT} file; convert the checkpoint again")
+        if fields.get("version") != VERSION:
+            raise CheckpointError(f"{path} has version {fields.get('version')!r}, this release reads {VERSION}")
+        try:
+            info = cls(
+                args=ModelArgs.from_dict(fields["args"]),
+                dtype=fields["dtype"],
+                tokenizer=fields.get("tokenizer"),
+                bos_token_id=fields.get("bos_token_id"),
+                eos_token_id=fields.get("eos_token_id"),
+                source=fields.get("source", {}),
+            )
+        except (ModelArgsError, KeyError, TypeError) as e:
+            raise CheckpointError(f"{path}: {e}") from None
+        if info.dtype not in DTYPES:
+            raise CheckpointError(f"{path}: dtype is {info.dtype!r}, not one of {', '.join(DTYPES)}")
+        if info.tokenizer is not None and Path(info.tokenizer).name != info.tokenizer:
+            raise CheckpointError(f"{path}: tokenizer must be a file name in this folder, got {info.tokenizer!r}")
+        return info
