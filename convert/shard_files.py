@@ -1,0 +1,90 @@
+"""Meta's `consolidated.NN.pth` files: finding them and opening them without reading the weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+import re
+from pathlib import Path
+
+import torch
+
+from tpserve.convert.errors import ConvertError
+from tpserve.convert.layout import is_dropped
+from tpserve.convert.sniff import is_legacy_torch_file, why_not_torch_file
+
+_SHARD_NAME = re.compile(r"consolidated\.(\d\d)\.pth")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One opened shard file.
+
+    Attributes:
+        path: the file.
+        tensors: its weights by Meta's name, without the buffers that are dropped.
+        mapped: whether the tensors' memory is the file itself, so that its pages may be given back at any time.
+    """
+
+    path: Path
+    tensors: dict[str, torch.Tensor]
+    mapped: bool
+
+
+def find_shards(ckpt_dir: Path) -> list[Path]:
+    """The shard files of a folder in rank order.
+
+    Raises:
+        ConvertError: there is none, or one in the middle is missing; the message names it.
+    """
+    if not ckpt_dir.is_dir():
+        raise ConvertError(f"{ckpt_dir} is not a folder; --ckpt_dir is the folder that holds consolidated.00.pth")
+    found = {int(m[1]): p for p in ckpt_dir.iterdir() if (m := _SHARD_NAME.fullmatch(p.name))}
+    if not found:
+        hint = ""
+        if any(ckpt_dir.glob("*.safetensors")):
+            hint = "; it holds Hugging Face safetensors, and only Meta's own format is converted"
+        raise ConvertError(f"{ckpt_dir} holds no consolidated.NN.pth{hint}")
+    for rank in range(max(found) + 1):
+        if rank not in found:
+            raise ConvertError(f"{ckpt_dir / f'consolidated.{rank:02d}.pth'} is missing (found up to {max(found):02d})")
+    return [found[rank] for rank in range(len(found))]
+
+
+def open_shard(path: Path) -> Shard:
+    """Opens one shard; zip-format files are mapped, not read. Unpickling is restricted to tensors (`weights_only`).
+
+    Raises:
+        ConvertError: it is not a file of weights; the message names the file and the key.
+    """
+    reason = why_not_torch_file(path)
+    if reason:
+        raise ConvertError(f"{path} {reason}")
+    mapped = not is_legacy_torch_file(path)
+    try:
+        content = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
+    except pickle.UnpicklingError as e:
+        asked = re.search(r"GLOBAL ([\w.]+)", str(e))
+        what = f"it asks for {asked[1]}" if asked else "its pickle is damaged"
+        raise ConvertError(f"{path} is not a plain file of weights ({what}), and was not executed") from None
+    except OSError as e:
+        raise ConvertError(f"{path} cannot be read: {e.strerror or e}") from None
+    except Exception as e:
+        # A damaged pickle can make the unpickler raise almost anything.
+        reason = next(iter(str(e).splitlines()), type(e).__name__)
+        raise ConvertError(f"{path} cannot be loaded, it may be damaged: {reason}") from e
+    if not isinstance(content, dict):
+        raise ConvertError(f"{path} holds a {type(content).__name__}, not a dictionary of weights")
+    for key, value in content.items():
+        _check_weight(path, key, value)
+    return Shard(path, {k: v for k, v in content.items() if not is_dropped(k)}, mapped)
+
+
+def _check_weight(path: Path, key: object, value: object) -> None:
+    if not isinstance(key, str) or not isinstance(value, torch.Tensor):
+        raise ConvertError(f"{path}: {key!r} is a {type(value).__name__}, not a tensor; is this a training checkpoint?")
+    if is_dropped(key):
+        return
+    if value.dtype not in DTYPES or value.layout != torch.strided:
+        raise ConvertError(f"{path}: {key} is {value.dtype}; weights must be float32, float16 or bfloat16")
