@@ -78,7 +78,7 @@ def open_shard(path: Path) -> Shard:
         raise ConvertError(f"{path} holds a {type(content).__name__}, not a dictionary of weights")
     for key, value in content.items():
         _check_weight(path, key, value)
-    return Shard(path, {k: v for k, v in content.items() if not is_dropped(k)}, mapped)
+    return Shard(path, {k: v.detach() for k, v in content.items() if not is_dropped(k)}, mapped)
 
 
 def _check_weight(path: Path, key: object, value: object) -> None:

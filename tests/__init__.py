@@ -1,0 +1,1 @@
+"""Tests of tpserve; a package, so that helpers are imported by one name from everywhere."""
