@@ -127,6 +127,12 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     device: str
 
 
+class Failed(msgspec.Struct, frozen=True, tag="failed"):
+    """The group cannot start, and would not the next time: the configuration or the checkpoint is at fault."""
+
+    message: str
+
+
 class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):
     """The step loop turns; sent at least once a second."""
 
@@ -150,4 +156,4 @@ class Outputs(msgspec.Struct, frozen=True, tag="outputs"):
     outputs: list[RequestOutput]
 
 
-Reply = Ready | Heartbeat | Status | Outputs
+Reply = Ready | Failed | Heartbeat | Status | Outputs

@@ -93,7 +93,8 @@ class TransformerBlock(nn.Module):
 
     def forward(self, h_TD: torch.Tensor, rope_TC2: torch.Tensor, attend: Attend) -> torch.Tensor:
         h_TD = h_TD + self.attention(self.attention_norm(h_TD), rope_TC2, attend)
-        return h_TD + self.feed_forward(self.ffn_norm(h_TD))
+        h_TD += self.feed_forward(self.ffn_norm(h_TD))
+        return h_TD
 
 
 class Llama(nn.Module):

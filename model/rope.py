@@ -39,6 +39,6 @@ def apply_rope(x_THD: torch.Tensor, rope_TC2: torch.Tensor) -> torch.Tensor:
         x_THD: [tokens, heads, head_dim].
         rope_TC2: rows of `rope_table` at the tokens' positions, [tokens, head_dim / 2, 2].
     """
-    even, odd = x_THD.float().unflatten(-1, (-1, 2)).unbind(-1)
+    even, odd = x_THD.float().view(*x_THD.shape[:-1], -1, 2).unbind(-1)
     cos, sin = rope_TC2.unsqueeze(1).unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x_THD)

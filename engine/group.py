@@ -1,0 +1,168 @@
+"""What every rank does before its first step: join the process group, load, size the KV cache."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import logging
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from tpserve.engine.config import EngineConfig
+from tpserve.engine.core import CoreShape, EngineCore
+from tpserve.engine.errors import ConfigError
+from tpserve.engine.model_runner import ModelRunner
+from tpserve.engine.protocol import SamplingParams
+from tpserve.engine.scheduler import ScheduledSequence
+from tpserve.engine.sequence import Sequence
+from tpserve.model.checkpoint import CheckpointError
+from tpserve.model.kv_cache import PagedKVCache, bytes_per_block
+from tpserve.model.loader import LoadedModel, load_model
+from tpserve.model.parallel import TensorParallel, kv_heads_per_rank
+
+_CPU_KV_CACHE_BYTES = 1 << 30
+
+logger = logging.getLogger(__name__)
+
+
+def choose_device(config: EngineConfig) -> torch.device:
+    """This rank's device.
+
+    Raises:
+        ConfigError: CUDA is asked for and there is none, or there are fewer GPUs than ranks on this node.
+    """
+    if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError("device is cuda, but torch sees no GPU (torch.cuda.is_available() is false)")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(f"rank {local_rank} of this node has no GPU: torch sees {torch.cuda.device_count()}")
+    return torch.device("cuda", local_rank)
+
+
+@contextlib.contextmanager
+def process_group(config: EngineConfig, device: torch.device) -> Iterator[TensorParallel]:
+    """Joins the group that torchrun describes (gloo on CPU, NCCL on CUDA); a single process needs none.
+
+    Raises:
+        ConfigError: torchrun started another number of processes than the configured TP size.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size != config.tensor_parallel_size:
+        raise ConfigError(
+            f"tensor_parallel_size is {config.tensor_parallel_size} but torchrun started {world_size} processes; "
+            f"run: torchrun --nproc-per-node {config.tensor_parallel_size} …"
+        )
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world_size == 1:
+        yield TensorParallel()
+        return
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        timeout=datetime.timedelta(seconds=config.step_timeout_s),
+        device_id=device if device.type == "cuda" else None,
+    )
+    try:
+        yield TensorParallel.from_world()
+    finally:
+        dist.destroy_process_group()
+
+
+def build_core(config: EngineConfig, device: torch.device, tp: TensorParallel) -> EngineCore:
+    """Loads this rank's weights and makes its engine.
+
+    Raises:
+        CheckpointError, ConfigError: what was asked for cannot be served; the message says what to change.
+    """
+    if device.type == "cpu":
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // tp.size)))))
+    started_s = time.monotonic()
+    dtype = None if config.dtype == "auto" and device.type == "cuda" else _dtype(config)
+    try:
+        loaded = load_model(
+            Path(config.checkpoint_dir), tp=tp, device=device, dtype=dtype, max_seq_len=config.max_seq_len
+        )
+    except CheckpointError:
+        raise
+    except ValueError as e:
+        raise ConfigError(str(e)) from None
+    logger.info("weights: %.1f MB in %.2f s", loaded.bytes_read / 1e6, time.monotonic() - started_s)
+    num_blocks = _num_blocks(config, loaded)
+    needed = -(-config.max_seq_len // config.block_size)
+    if num_blocks < needed:
+        raise ConfigError(
+            f"the KV cache holds {num_blocks} blocks, one sequence of max_seq_len {config.max_seq_len} needs {needed}; "
+            "lower max_seq_len, or raise num_kv_blocks, kv_cache_bytes or gpu_memory_utilization"
+        )
+    runner = ModelRunner(loaded, _cache(config, loaded, num_blocks))
+    return EngineCore(config, CoreShape(num_blocks, config.max_seq_len, loaded.info.eos_token_id), runner, tp.rank)
+
+
+def _dtype(config: EngineConfig) -> torch.dtype:
+    """On a CPU "auto" is float32: half precision saves memory there, not time, and rounds away what tests compare."""
+    dtype: torch.dtype = getattr(torch, "float32" if config.dtype == "auto" else config.dtype)
+    return dtype
+
+
+def _cache(config: EngineConfig, loaded: LoadedModel, num_blocks: int) -> PagedKVCache:
+    args = loaded.info.args
+    kv_heads = kv_heads_per_rank(args, loaded.tp.size)
+    return PagedKVCache(
+        args.n_layers,
+        num_blocks,
+        config.block_size,
+        kv_heads,
+        args.head_dim,
+        dtype=loaded.dtype,
+        device=loaded.device,
+    )
+
+
+def _num_blocks(config: EngineConfig, loaded: LoadedModel) -> int:
+    """Blocks of the KV cache: as configured, or what memory allows; the smallest answer of all ranks."""
+    args, size = loaded.info.args, config.block_size
+    block_bytes = bytes_per_block(
+        args.n_layers, size, kv_heads_per_rank(args, loaded.tp.size), args.head_dim, loaded.dtype
+    )
+    wanted = config.max_num_seqs * -(-config.max_seq_len // size)
+    if config.num_kv_blocks is not None:
+        num_blocks = config.num_kv_blocks
+    elif config.kv_cache_bytes is not None:
+        num_blocks = config.kv_cache_bytes // block_bytes
+    elif loaded.device.type == "cuda":
+        num_blocks = _free_cuda_bytes(config, loaded) // block_bytes
+    else:
+        num_blocks = min(wanted, max(_CPU_KV_CACHE_BYTES // block_bytes, -(-config.max_seq_len // size)))
+    # More than this could never be in use.
+    num_blocks = min(num_blocks, wanted)
+    if loaded.tp.size > 1:
+        smallest = torch.tensor(num_blocks, device=loaded.device)
+        dist.all_reduce(smallest, op=dist.ReduceOp.MIN, group=loaded.tp.group)
+        num_blocks = int(smallest.item())
+    return num_blocks
+
+
+def _free_cuda_bytes(config: EngineConfig, loaded: LoadedModel) -> int:
+    """Memory for the KV cache: the configured share of the device, less weights and the largest step's activations."""
+    n = config.max_num_batched_tokens
+    length = min(n, config.max_seq_len)
+    blocks = -(-length // config.block_size)
+    torch.cuda.reset_peak_memory_stats(loaded.device)
+    runner = ModelRunner(loaded, _cache(config, loaded, blocks))
+    prompt = Sequence("profile", [0] * length, SamplingParams(), max_seq_len=length + 1, eos_token_id=None)
+    prompt.block_table = list(range(blocks))
+    runner.run([ScheduledSequence(prompt, length, samples=True)])
+    torch.cuda.synchronize(loaded.device)
+    peak = torch.cuda.max_memory_allocated(loaded.device)
+    del runner
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(loaded.device)
+    foreign = total - free - torch.cuda.memory_reserved(loaded.device)
+    return max(0, int(total * config.gpu_memory_utilization) - foreign - peak)

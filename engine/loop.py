@@ -1,0 +1,116 @@
+"""The step loop: rank 0 leads, the others follow, all of them step."""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol
+
+from tpserve.engine.channel import FollowerChannel, LeaderChannel
+from tpserve.engine.config import EngineConfig
+from tpserve.engine.core import EngineCore
+from tpserve.engine.errors import EngineError
+from tpserve.engine.protocol import Event, Heartbeat, RankStatus, Reply, RequestOutput, Status, StepMessage
+
+HEARTBEAT_INTERVAL_S = 1.0
+
+
+class Frontend(Protocol):
+    """Who asks rank 0 for tokens."""
+
+    def receive(self, timeout_s: float) -> list[Event]:
+        """What is new; waits at most so long for the first event."""
+        ...
+
+    def send_outputs(self, outputs: list[RequestOutput]) -> None:
+        """Takes one step's tokens."""
+        ...
+
+    def send(self, reply: Reply) -> None:
+        """Takes anything else."""
+        ...
+
+
+def lead(core: EngineCore, config: EngineConfig, channel: LeaderChannel, frontend: Frontend) -> None:
+    """Rank 0: orders the events, tells the others, steps; returns after a `Stop`.
+
+    Raises:
+        EngineError: another rank failed or decided otherwise.
+    """
+    agreement = _Agreement(config.tensor_parallel_size)
+    heard_s = 0.0
+    while not core.stopped:
+        events = frontend.receive(0.0 if core.has_work else HEARTBEAT_INTERVAL_S)
+        channel.send(StepMessage(core.step_count, events))
+        core.apply(events)
+        outputs = core.step()
+        if outputs:
+            frontend.send_outputs(outputs)
+        statuses = [*channel.receive(), *core.take_reports()]
+        if _compares(core, config):
+            statuses.append(core.status())
+        for status in agreement.add(statuses):
+            frontend.send(status)
+        now_s = time.monotonic()
+        if now_s - heard_s >= HEARTBEAT_INTERVAL_S / 2:
+            heard_s = now_s
+            frontend.send(_heartbeat(core))
+
+
+def follow(core: EngineCore, config: EngineConfig, channel: FollowerChannel) -> None:
+    """The other ranks: do what rank 0 ordered; returns after a `Stop`.
+
+    Raises:
+        EngineError: rank 0 fell silent, or messages were lost.
+    """
+    while not core.stopped:
+        message = channel.receive()
+        if message.step != core.step_count:
+            raise EngineError(f"rank 0 is at step {message.step}, this rank at {core.step_count}")
+        core.apply(message.events)
+        core.step()
+        for status in core.take_reports():
+            channel.send(status)
+        if _compares(core, config):
+            channel.send(core.status())
+
+
+def _compares(core: EngineCore, config: EngineConfig) -> bool:
+    return core.step_count % config.checksum_interval == 0
+
+
+def _heartbeat(core: EngineCore) -> Heartbeat:
+    scheduler = core.scheduler
+    return Heartbeat(
+        core.step_count,
+        len(scheduler.running),
+        len(scheduler.waiting),
+        core.pool.num_in_use,
+        scheduler.num_preemptions,
+    )
+
+
+class _Agreement:
+    """Gathers the ranks' statuses by step until all have spoken, and compares them."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._by_step: dict[tuple[int, int | None], list[RankStatus]] = {}
+
+    def add(self, statuses: list[RankStatus]) -> list[Status]:
+        """Takes statuses in; returns the answers to reports that are now complete."""
+        complete = []
+        for status in statuses:
+            if status.error is not None:
+                raise EngineError(f"rank {status.rank} failed: {status.error}")
+            key = (status.step, status.report_id)
+            group = self._by_step.setdefault(key, [])
+            group.append(status)
+            if len(group) < self._size:
+                continue
+            del self._by_step[key]
+            if len({s.checksum for s in group}) > 1:
+                sums = ", ".join(f"rank {s.rank}: {s.checksum:08x}" for s in sorted(group, key=lambda s: s.rank))
+                raise EngineError(f"the ranks disagree before step {status.step} ({sums})")
+            if status.report_id is not None:
+                complete.append(Status(status.report_id, sorted(group, key=lambda s: s.rank)))
+        return complete

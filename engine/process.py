@@ -1,0 +1,100 @@
+"""What a process needs so that nothing outlives its owner. Linux; elsewhere the calls do nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+LAUNCHER_PID = "TPSERVE_LAUNCHER_PID"  # set by `launch`: the pid that a rank's parent must have
+
+# What torchrun tells its children; a group started from inside another one must not inherit it.
+_TORCHRUN_VARIABLES = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "GROUP_WORLD_SIZE",
+    "ROLE_RANK",
+    "ROLE_NAME",
+    "ROLE_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
+
+
+def die_with_parent(parent_pid: int | None = None) -> None:
+    """Asks the kernel to SIGKILL this process when the thread that started it ends.
+
+    Args:
+        parent_pid: the parent's pid as it knew it; when it is gone already, this process exits at once. None: the
+            present parent.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() == 1 or (parent_pid is not None and os.getppid() != parent_pid):
+        os._exit(1)
+
+
+def environment_without_torchrun() -> dict[str, str]:
+    """This process's environment less what a surrounding torchrun put there."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name not in _TORCHRUN_VARIABLES and not name.startswith(("TORCHELASTIC_", "PET_"))
+    }
+
+
+def descendants(pid: int) -> list[int]:
+    """Pids of the processes below `pid`, nearest first; empty where /proc does not tell."""
+    found: list[int] = []
+    level = [pid]
+    while level:
+        level = [child for parent in level for child in _children(parent)]
+        found += level
+    return found
+
+
+def kill_all(pids: list[int], timeout_s: float = 10.0) -> list[int]:
+    """SIGKILLs processes and waits for their end; a zombie that its parent has not reaped counts as ended.
+
+    Returns:
+        those that are still there after `timeout_s`.
+    """
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    deadline_s = time.monotonic() + timeout_s
+    while alive := [pid for pid in pids if is_running(pid)]:
+        if time.monotonic() > deadline_s:
+            return alive
+        time.sleep(0.01)
+    return []
+
+
+def is_running(pid: int) -> bool:
+    """Whether the process exists and is not a zombie."""
+    try:
+        os.kill(pid, 0)
+        # The state follows the command name, which stands in parentheses and may hold anything (proc(5)).
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except ProcessLookupError:
+        return False
+    except (OSError, IndexError):
+        return not sys.platform.startswith("linux")
+
+
+def _children(pid: int) -> list[int]:
+    found: list[int] = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            found += map(int, task.read_text().split())
+    return found

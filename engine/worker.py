@@ -1,0 +1,95 @@
+"""One rank of a served group; started by torchrun, which the supervisor started: `python -m tpserve.engine.worker`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+import msgspec
+import zmq
+
+from tpserve.engine.channel import FollowerChannel, LeaderChannel, new_socket
+from tpserve.engine.config import EngineConfig
+from tpserve.engine.errors import ConfigError
+from tpserve.engine.group import build_core, choose_device, process_group
+from tpserve.engine.loop import follow, lead
+from tpserve.engine.process import LAUNCHER_PID, die_with_parent
+from tpserve.engine.protocol import Event, Failed, Outputs, Ready, Reply, RequestOutput
+from tpserve.model.checkpoint import CheckpointError
+
+EXIT_REFUSED = 3  # the configuration or the checkpoint cannot be served: a relaunch would not help
+
+logger = logging.getLogger(__name__)
+
+
+class ClientSocket:
+    """Rank 0's end of the client's sockets; a `Frontend`.
+
+    Args:
+        folder: the group's 0700 directory.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._events = new_socket(zmq.PULL, f"ipc://{folder}/events", bind=True)
+        self._replies = new_socket(zmq.PUSH, f"ipc://{folder}/replies", bind=False)
+        self._replies.linger = 1000  # ms: the last word of a group that refuses to start must arrive
+        self._decoder = msgspec.msgpack.Decoder(Event)
+        self._encoder = msgspec.msgpack.Encoder()
+
+    def receive(self, timeout_s: float) -> list[Event]:
+        """Every event that has arrived; waits at most so long for the first."""
+        events: list[Event] = []
+        wait_ms = int(timeout_s * 1000)
+        while self._events.poll(wait_ms):
+            events.append(self._decoder.decode(self._events.recv()))
+            wait_ms = 0
+        return events
+
+    def send_outputs(self, outputs: list[RequestOutput]) -> None:
+        """Sends one step's tokens."""
+        self.send(Outputs(outputs))
+
+    def send(self, reply: Reply) -> None:
+        """Sends anything."""
+        self._replies.send(self._encoder.encode(reply))
+
+
+def main(folder: Path) -> int:
+    """Serves the group described by `folder/config.json`; returns the process's exit status."""
+    rank = int(os.environ.get("RANK", "0"))
+    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s rank {rank} %(levelname)s %(message)s")
+    die_with_parent(int(os.environ[LAUNCHER_PID]))
+    config = msgspec.json.decode((folder / "config.json").read_bytes(), type=EngineConfig)
+    socket = ClientSocket(folder) if rank == 0 else None
+    try:
+        device = choose_device(config)
+        with process_group(config, device) as tp:
+            core = build_core(config, device, tp)
+            if socket is None:
+                follow(core, config, FollowerChannel(folder, rank, config.step_timeout_s))
+                return 0
+            channel = LeaderChannel(folder, tp.size)
+            socket.send(Ready(tp.size, core.shape.num_blocks, config.block_size, config.max_seq_len, str(device)))
+            lead(core, config, channel, socket)
+            return 0
+    except (ConfigError, CheckpointError) as e:
+        logger.error("%s", e)
+        if socket is not None:
+            socket.send(Failed(str(e)))
+        return EXIT_REFUSED
+
+
+if __name__ == "__main__":
+    status = 1
+    try:
+        status = main(Path(sys.argv[1]))
+    except BaseException:
+        logger.exception("this rank cannot go on")
+    finally:
+        # Not sys.exit: a collective that hangs in another thread must not keep a dead rank alive.
+        logging.shutdown()
+        if status != EXIT_REFUSED:
+            os._exit(status)
+    sys.exit(status)

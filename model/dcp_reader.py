@@ -1,0 +1,164 @@
+"""A DCP storage reader that touches only the bytes a rank needs, and executes nothing that the files contain.
+
+The stock `FileSystemReader` unpickles `.metadata` freely and `torch.load`s every chunk that a rank touches, whole.
+This one admits only the metadata's own classes, and views each stored tensor in place through mmap: an item is a
+`torch.save` zip whose one record of data is stored uncompressed.
+"""
+
+from __future__ import annotations
+
+import io
+import mmap
+import pickle
+import struct
+import warnings
+import zipfile
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+from torch.futures import Future
+
+from tpserve.model.checkpoint import CheckpointError
+
+_ALLOWED_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+_ALLOWED_NAMES = {
+    ("torch", "Size"),
+    ("torch", "device"),
+    ("torch.serialization", "_get_layout"),
+    ("torch._utils", "_get_layout"),
+    ("collections", "OrderedDict"),
+    ("pathlib", "Path"),
+    ("pathlib", "PosixPath"),
+    ("pathlib._local", "PosixPath"),
+}
+_LOCAL_FILE_HEADER_BYTES = 30  # of the zip format, before file name and extra field
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype | torch.layout)
+        if module in _ALLOWED_MODULES or (module, name) in _ALLOWED_NAMES or is_dtype:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} has no place in checkpoint metadata")
+
+
+class MmapReader(FileSystemReader):
+    """Reads slices of a checkpoint written by `FileSystemWriter` (or ours) through mmap.
+
+    Attributes:
+        bytes_copied: of tensor data so far, in the stored dtype.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._folder = folder
+        self._metadata: Metadata | None = None
+        self.bytes_copied = 0
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Parses `.metadata` with only its own classes allowed.
+
+        Raises:
+            CheckpointError: the file is missing, damaged, or holds anything else.
+        """
+        path = self._folder / ".metadata"
+        try:
+            with path.open("rb") as f:
+                metadata = _MetadataUnpickler(f).load()
+        except FileNotFoundError:
+            raise CheckpointError(f"{path} does not exist; convert the checkpoint again") from None
+        except Exception as e:  # noqa: BLE001 - a damaged pickle can raise anything
+            raise CheckpointError(f"{path} is damaged or not metadata ({e}); convert the checkpoint again") from None
+        if not isinstance(metadata, Metadata):
+            raise CheckpointError(f"{path} is not DCP metadata; convert the checkpoint again")
+        self._metadata = metadata
+        return metadata
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Copies each planned slice into its target tensor, converting the dtype on the way."""
+        by_file: dict[str, list[ReadItem]] = defaultdict(list)
+        for item in plan.items:
+            by_file[self.storage_data[item.storage_index].relative_path].append(item)
+        for name, items in by_file.items():
+            path = self._folder / name
+            try:
+                with path.open("rb") as f:
+                    data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)  # unmapped with its last view
+                for item in items:
+                    self._copy(data, path, item, planner)
+            except CheckpointError:
+                raise
+            except (FileNotFoundError, ValueError, struct.error, zipfile.BadZipFile, StopIteration) as e:
+                raise CheckpointError(f"{path} is missing or damaged ({e!r}); convert the checkpoint again") from None
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def _copy(self, data: mmap.mmap, path: Path, item: ReadItem, planner: LoadPlanner) -> None:
+        stored = self._view(data, item)
+        for dim, (offset, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
+            stored = stored.narrow(dim, offset, length)
+        target = planner.resolve_tensor(item).detach()
+        if target.shape != stored.shape:
+            raise CheckpointError(
+                f"{path}: {item.storage_index.fqn} is {tuple(stored.shape)}, not {tuple(target.shape)}"
+            )
+        target.copy_(stored)
+        planner.commit_tensor(item, target)
+        self.bytes_copied += stored.nbytes
+
+    def _view(self, data: mmap.mmap, item: ReadItem) -> torch.Tensor:
+        """The stored chunk as a tensor over the mapped bytes."""
+        assert self._metadata is not None, "DCP reads the metadata first"
+        tensor_metadata = self._metadata.state_dict_metadata[item.storage_index.fqn]
+        if not isinstance(tensor_metadata, TensorStorageMetadata):
+            raise ValueError(f"{item.storage_index.fqn} is not a tensor")
+        where = self.storage_data[item.storage_index]
+        with zipfile.ZipFile(_Window(data, where.offset, where.length)) as archive:
+            record = next(i for i in archive.infolist() if i.filename.endswith("/data/0"))
+        if record.compress_type != zipfile.ZIP_STORED:
+            raise ValueError("compressed tensor data")
+        header = where.offset + record.header_offset
+        name_bytes, extra_bytes = struct.unpack("<HH", data[header + 26 : header + _LOCAL_FILE_HEADER_BYTES])
+        start = header + _LOCAL_FILE_HEADER_BYTES + name_bytes + extra_bytes
+        chunk = next(c for c in tensor_metadata.chunks if c.offsets == item.storage_index.offset)
+        dtype, count = tensor_metadata.properties.dtype, chunk.sizes.numel()
+        if record.file_size != count * dtype.itemsize:
+            raise ValueError(f"{item.storage_index.fqn} has {record.file_size} bytes, not {count * dtype.itemsize}")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given buffer is not writable")
+            return torch.frombuffer(data, dtype=dtype, count=count, offset=start).view(chunk.sizes)
+
+
+class _Window(io.RawIOBase):
+    """Bytes [offset, offset + length) of a map as a file, without copying them."""
+
+    def __init__(self, data: mmap.mmap, offset: int, length: int) -> None:
+        super().__init__()
+        self._data, self._offset, self._length, self._position = data, offset, length, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
+        self._position = base + offset
+        return self._position
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(0, self._length - self._position)
+        size = left if size is None or size < 0 else min(size, left)
+        start = self._offset + self._position
+        self._position += size
+        return self._data[start : start + size]
