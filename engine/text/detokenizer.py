@@ -1,0 +1,97 @@
+"""Ids to text as they arrive, a constant amount of work a token.
+
+Decoding the whole sequence again for every token would cost O(n²) a request, and cutting its text at any token would
+tear multi-byte characters. So text is built from the pieces by SentencePiece's own rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from tpserve.engine.text.tokenizer import PieceKind, Tokenizer
+
+REPLACEMENT = "\ufffd"
+
+
+class IncrementalDetokenizer:
+    """Text of one sequence.
+
+    The concatenation of what `push` and `finish` return is `tokenizer.decode(all ids)`, and a character whose bytes
+    have not all arrived is held back.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._pieces = tokenizer.pieces
+        self._strips_first_space = tokenizer.strips_first_space
+        self._strips_all_spaces = tokenizer.strips_all_spaces
+        self._at_start = True  # leading spaces are still to be dropped
+        self._held = bytearray()  # of a character that is not complete: at most 3 bytes between calls
+
+    def push(self, ids: Iterable[int]) -> str:
+        """The text that became certain with `ids`."""
+        out: list[str] = []
+        for token_id in ids:
+            kind, text, byte = self._pieces[token_id]
+            if kind is PieceKind.BYTE:
+                self._at_start = False
+                self._held.append(byte)
+                self._take_complete(out)
+                continue
+            self._give_up(out)  # any other piece, even an invisible one, ends a run of bytes
+            if kind is PieceKind.TEXT and self._at_start:
+                text = self._first_text(text)
+            elif text:
+                self._at_start = False
+            out.append(text)
+        return "".join(out)
+
+    def finish(self) -> str:
+        """The rest: one U+FFFD for each byte of a character that never was completed."""
+        out: list[str] = []
+        self._give_up(out)
+        return "".join(out)
+
+    def _first_text(self, text: str) -> str:
+        """Drops the dummy prefix that encoding put before the first word."""
+        if self._strips_all_spaces:
+            text = text[1:] if text.startswith(" ") else text
+            self._at_start = not text
+        elif self._strips_first_space:
+            self._at_start = False if text.startswith(" ") else not text
+            text = text.removeprefix(" ")
+        else:
+            self._at_start = not text
+        return text
+
+    def _take_complete(self, out: list[str]) -> None:
+        """Moves whole characters, and bytes that can start none, from `_held` to `out`."""
+        while self._held:
+            need = _char_bytes(self._held[0])
+            have = 1
+            while have < min(need, len(self._held)) and self._held[have] & 0xC0 == 0x80:
+                have += 1
+            if have == len(self._held) < need:
+                return  # may still become a character
+            try:
+                out.append(self._held[:need].decode("utf-8"))
+            except UnicodeDecodeError:
+                out.append(REPLACEMENT)
+                need = 1
+            del self._held[:need]
+
+    def _give_up(self, out: list[str]) -> None:
+        # SentencePiece replaces byte by byte; what is held is a prefix of one character, so no byte of it stands alone.
+        if self._held:
+            out.append(REPLACEMENT * len(self._held))
+            self._held.clear()
+
+
+def _char_bytes(lead: int) -> int:
+    """Length of the UTF-8 character that starts with `lead`; 1 for a byte that starts none."""
+    if lead & 0xE0 == 0xC0:
+        return 2
+    if lead & 0xF0 == 0xE0:
+        return 3
+    if lead & 0xF8 == 0xF0:
+        return 4
+    return 1
