@@ -80,7 +80,8 @@ def embedding_shard_dim(shape: tuple[int, ...], dim: int, n_shards: int) -> int:
         return 0
     message = f"{EMBEDDING} is {format_shape(shape)}, but params.json says dim {dim} and there are {n_shards} shards"
     if len(shape) == 2 and shape[1] and dim % shape[1] == 0:
-        raise ConvertError(f"{message}: this looks like one of {dim // shape[1]} shards; are files missing?")
+        n_likely = dim // shape[1]
+        raise ConvertError(f"{message}: are some of {n_likely} shards missing, or is params.json another model's?")
     raise ConvertError(f"{message}: params.json and the shards belong to different models")
 
 

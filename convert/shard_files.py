@@ -82,9 +82,13 @@ def open_shard(path: Path) -> Shard:
 
 
 def _check_weight(path: Path, key: object, value: object) -> None:
-    if not isinstance(key, str) or not isinstance(value, torch.Tensor):
+    if not isinstance(key, str):
+        raise ConvertError(f"{path}: the key {key!r} is a {type(key).__name__}, not the name of a weight")
+    if not isinstance(value, torch.Tensor):
         raise ConvertError(f"{path}: {key!r} is a {type(value).__name__}, not a tensor; is this a training checkpoint?")
     if is_dropped(key):
         return
     if value.dtype not in DTYPES or value.layout != torch.strided:
-        raise ConvertError(f"{path}: {key} is {value.dtype}; weights must be float32, float16 or bfloat16")
+        raise ConvertError(
+            f"{path}: {key} is {value.dtype} ({value.layout}); weights must be dense float32, float16 or bfloat16"
+        )

@@ -53,11 +53,16 @@ def why_not_torch_file(path: Path) -> str | None:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
+            compressed = any(i.compress_type != zipfile.ZIP_STORED for i in archive.infolist())
             order = [archive.read(n) for n in names if n.count("/") == 1 and n.endswith("/byteorder")]
     except zipfile.BadZipFile:
         return f"is truncated ({path.stat().st_size} bytes; the end of the archive is missing); {_AGAIN}"
     if not any(n.count("/") == 1 and n.endswith("/data.pkl") for n in names):
         return "is a zip archive, but not a torch checkpoint (it has no data.pkl)"
+    if compressed:
+        return (
+            "was compressed after torch.save had written it, so its weights cannot be mapped; save it again with torch"
+        )
     if order and order[0] != b"little":
         return "was written on a big-endian machine; save it again on a little-endian one"
     return None
