@@ -32,6 +32,7 @@ from tpserve.engine.protocol import (
     SamplingParams,
     Status,
 )
+from tpserve.engine.requests import check_prompt
 from tpserve.engine.supervisor import RankGroup
 from tpserve.model.checkpoint import CheckpointError, CheckpointInfo
 
@@ -144,7 +145,7 @@ class EngineClient:
             EngineError: the engine has given up.
         """
         params.validate()
-        self._check_prompt(prompt_token_ids)
+        check_prompt(prompt_token_ids, self.config.max_seq_len, self.checkpoint.args.vocab_size)
         if params.seed is None:
             params = msgspec.structs.replace(params, seed=secrets.randbits(64))
         request = _InFlight(request_id, prompt_token_ids, params, on_output)
@@ -190,20 +191,6 @@ class EngineClient:
         if self._thread.is_alive():
             self._thread.join()
         self._end_all("cancelled", None)
-
-    def _check_prompt(self, token_ids: list[int]) -> None:
-        if not token_ids:
-            raise RequestError("prompt is empty", field="prompt")
-        limit = self.config.max_seq_len
-        if len(token_ids) >= limit:
-            raise RequestError(
-                f"prompt has {len(token_ids)} tokens; the context holds {limit}, with at least one to generate",
-                field="prompt",
-            )
-        vocab_size = self.checkpoint.args.vocab_size
-        worst = min(token_ids) if min(token_ids) < 0 else max(token_ids)
-        if not 0 <= worst < vocab_size:
-            raise RequestError(f"token id {worst} is outside the vocabulary of {vocab_size}", field="prompt_token_ids")
 
     # What follows runs in the client's thread.
 

@@ -6,6 +6,8 @@ import contextlib
 import datetime
 import logging
 import os
+import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,6 +75,24 @@ def process_group(config: EngineConfig, device: torch.device) -> Iterator[Tensor
         yield TensorParallel.from_world()
     finally:
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def socket_folder(tp: TensorParallel, device: torch.device) -> Iterator[Path]:
+    """A 0700 directory that all ranks of this node agree on, for the sockets of a group that nobody serves."""
+    path = tempfile.mkdtemp(prefix="tpserve-") if tp.rank == 0 else ""
+    if tp.size > 1:
+        buffer = torch.zeros(4096, dtype=torch.uint8, device=device)
+        if tp.rank == 0:
+            encoded = path.encode()
+            buffer[: len(encoded)] = torch.tensor(list(encoded), dtype=torch.uint8)
+        dist.broadcast(buffer, 0, group=tp.group)
+        path = bytes(buffer.tolist()).rstrip(b"\0").decode()
+    try:
+        yield Path(path)
+    finally:
+        if tp.rank == 0:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def build_core(config: EngineConfig, device: torch.device, tp: TensorParallel) -> EngineCore:

@@ -67,7 +67,9 @@ class PagedAttention:
             lengths = torch.tensor([s.seq_len for s in slices[: self._num_decodes]])
             padded_SL = torch.nn.utils.rnn.pad_sequence(slots[: self._num_decodes], batch_first=True)
             mask_SL = torch.arange(padded_SL.shape[1]) < lengths[:, None]
-            self._decode_slots_SL = padded_SL.to(device)
+            # A masked key still multiplies its value by 0, and 0 · inf is nan: pad with the sequence's own first slot,
+            # never with one that somebody else may have filled.
+            self._decode_slots_SL = torch.where(mask_SL, padded_SL, padded_SL[:, :1]).to(device)
             self._decode_mask_S11L = None if bool(mask_SL.all()) else mask_SL[:, None, None].to(device)
         self._prefills: list[_Prefill] = []
         start = self._num_decodes

@@ -1,0 +1,34 @@
+# Every target sets up what it needs; VENV may name an environment that exists already.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed-$(shell cksum < pyproject.toml | cut -d' ' -f1)
+
+.PHONY: install demo test check lint bench clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml
+	PYTHON=$(PYTHON) VENV=$(VENV) sh scripts/install.sh
+	@rm -f $(VENV)/.installed-* && touch $@
+
+demo: install
+	$(BIN)/tpserve demo
+
+test: install
+	$(BIN)/python -m pytest
+
+check: install lint
+	sh scripts/typecheck.sh $(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_architecture.py
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: install
+	$(BIN)/python -m tpserve.bench.convert_memory
+	$(BIN)/python -m tpserve.bench.load_bytes
+
+clean:
+	rm -rf $(VENV) build

