@@ -8,7 +8,7 @@ which tensor lies where. `torch.distributed.checkpoint.FileSystemReader` reads i
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from itertools import groupby
 from pathlib import Path
 
@@ -73,14 +73,17 @@ def write_dcp(
         file_name = f"{layer}.distcp"
         with HashedFile(folder / file_name) as file:
             for tensor in members:
+                dim, bounds = chunks(tensor.name, tensor.shape)
                 pieces = []
-                for index, (piece, data) in enumerate(_read_chunks(tensor, dtype)):
+                for index, (lo, hi) in enumerate(bounds):
+                    data = _read_chunk(tensor, dim, lo, hi, dtype)
                     offset = file.position
                     _torch_save(data, file)
                     on_bytes(data.nbytes)
+                    begin = torch.Size(lo if d == dim else 0 for d in range(data.ndim))
+                    pieces.append(ChunkStorageMetadata(begin, data.shape))
                     del data  # before the next chunk is read
-                    pieces.append(piece)
-                    key = MetadataIndex(tensor.name, piece.offsets, index)
+                    key = MetadataIndex(tensor.name, begin, index)
                     storage[key] = _StorageInfo(file_name, offset, file.position - offset)
                 state[tensor.name] = TensorStorageMetadata(
                     TensorProperties(dtype=dtype), torch.Size(tensor.shape), pieces
@@ -102,15 +105,12 @@ def layer_of(name: str) -> str:
     return ".".join(parts[:2]) if parts[0] == "layers" else parts[0]
 
 
-def _read_chunks(tensor: SourceTensor, dtype: torch.dtype) -> Iterator[tuple[ChunkStorageMetadata, torch.Tensor]]:
-    dim, bounds = chunks(tensor.name, tensor.shape)
-    for lo, hi in bounds:
-        data = tensor.read(dim, lo, hi, dtype)
-        # bfloat16 and float32 reach far beyond float16's 65504: rather stop than store infinities.
-        if dtype == torch.float16 and tensor.parts[0].dtype != dtype and not torch.isfinite(data).all():
-            raise ConvertError(f"{tensor.name} has values that float16 cannot hold; convert with --dtype bfloat16")
-        offsets = torch.Size(lo if d == dim else 0 for d in range(len(tensor.shape)))
-        yield ChunkStorageMetadata(offsets, data.shape), data
+def _read_chunk(tensor: SourceTensor, dim: int, lo: int, hi: int, dtype: torch.dtype) -> torch.Tensor:
+    data = tensor.read(dim, lo, hi, dtype)
+    # bfloat16 and float32 reach far beyond float16's 65504: rather stop than store infinities.
+    if dtype == torch.float16 and tensor.parts[0].dtype != dtype and not torch.isfinite(data).all():
+        raise ConvertError(f"{tensor.name} has values that float16 cannot hold; convert with --dtype bfloat16")
+    return data
 
 
 class _Sink:

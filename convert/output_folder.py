@@ -44,8 +44,8 @@ def check_disk_space(out_dir: Path, needed_bytes: int) -> None:
     free_bytes = shutil.disk_usage(ancestor).free
     if free_bytes < needed_bytes:
         raise ConvertError(
-            f"{ancestor} has {free_bytes / 2**30:.2f} GiB free, the converted checkpoint needs "
-            f"{needed_bytes / 2**30:.2f} GiB; free some space or choose another --out_dir"
+            f"{ancestor} has {free_bytes >> 20:,} MiB free, the converted checkpoint needs {needed_bytes >> 20:,} MiB; "
+            "free some space or choose another --out_dir"
         )
 
 

@@ -6,6 +6,7 @@ import json
 import pickle
 import shutil
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,21 @@ def test_one_file_a_layer_and_one_plain_storage_an_item(ckpt: Path, tmp_path: Pa
         item = torch.load(tmp_path / "item", mmap=True, weights_only=True)  # mapping fails if it were compressed
         assert item.is_contiguous()
         assert item.untyped_storage().nbytes() == item.nbytes
+
+
+def test_never_more_than_one_chunk_is_in_memory(ckpt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, chunks = source_tensor.SourceTensor.read, []
+
+    def remember(self: source_tensor.SourceTensor, *where: Any) -> Tensor:
+        assert all(chunk() is None for chunk in chunks)
+        data = read(self, *where)
+        chunks.append(weakref.ref(data))
+        assert data.ndim == 1 or data.numel() <= -(-max(self.shape) // 8) * min(self.shape)
+        return data
+
+    monkeypatch.setattr(source_tensor.SourceTensor, "read", remember)
+    convert(ckpt, tmp_path / "out", progress=False)
+    assert len(chunks) == 16 * 8 + 5
 
 
 @pytest.mark.parametrize(
