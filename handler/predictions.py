@@ -1,0 +1,205 @@
+"""The predictions API's request forms. Pure functions that raise nothing but `RequestError`."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from tpserve.engine.errors import RequestError
+from tpserve.engine.protocol import SamplingParams
+from tpserve.engine.text.chat import check_dialog
+from tpserve.handler import fields
+
+PROMPT_FIELDS = ("prompt", "prompt_token_ids", "dialog")
+KNOWN_FIELDS = (*PROMPT_FIELDS, *fields.SAMPLING, "stream", "mode")
+MODES = ("text_completion", "chat")
+
+Value = str | list[int] | list[tuple[str, str]]
+
+
+class Form(enum.Enum):
+    """How a request was written, and so how it is answered."""
+
+    OBJECT = "object"
+    TEXT = "text"
+    DIALOGS = "dialogs"
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """One prompt: text, token ids, or a checked dialog's (role, content) pairs.
+
+    Attributes:
+        field: where it stood, for messages.
+    """
+
+    field: str
+    value: Value
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """A request that is well formed: what to generate and how to answer."""
+
+    form: Form
+    prompts: tuple[Prompt, ...]
+    params: SamplingParams
+    stream: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Defaults:
+    """What the operator set for requests that do not say.
+
+    Attributes:
+        params: sampling parameters.
+        max_new_tokens_cap: no request gets more tokens; None: the context's end only.
+        mode: what a list of dialogs as the whole body needs: "chat".
+    """
+
+    params: SamplingParams = dataclasses.field(default_factory=SamplingParams)
+    max_new_tokens_cap: int | None = None
+    mode: str = "text_completion"
+
+
+def parse_request(parameters: Mapping[str, Any], headers: Mapping[str, Any], defaults: Defaults) -> Prediction:
+    """Reads a request as TorchServe hands it over.
+
+    Args:
+        parameters: `body` (or a form's `data`): bytes, text, or JSON that TorchServe has parsed already.
+        headers: the HTTP headers, and a dict with `content-type` under each parameter's name.
+        defaults: the operator's.
+
+    Raises:
+        RequestError: with the field at fault.
+    """
+    name = next((name for name in ("body", "data") if name in parameters), None)
+    if name is None:
+        raise RequestError(
+            "the request has no body that can be read; send JSON with the header 'Content-Type: application/json'",
+            field="prompt",
+        )
+    about = headers.get(name)
+    content_type = str(about.get("content-type") or "") if isinstance(about, Mapping) else ""
+    return parse_body(parameters[name], content_type, defaults)
+
+
+def parse_body(body: Any, content_type: str, defaults: Defaults) -> Prediction:
+    """Reads one body; see `parse_request`."""
+    is_json = content_type.partition(";")[0].strip().lower() == "application/json"
+    if isinstance(body, bytes | bytearray | memoryview):
+        body = _decode(bytes(body))
+        if is_json or body.lstrip().startswith(("{", "[")):
+            body, is_json = _parse_json(body), True
+    elif isinstance(body, str) and not is_json and body.lstrip().startswith(("{", "[")):
+        body, is_json = _parse_json(body), True
+    if isinstance(body, Mapping):
+        return _object(body, defaults)
+    if isinstance(body, list):
+        return _dialogs(body, defaults)
+    if is_json or not isinstance(body, str):
+        raise RequestError(f"the body must be a JSON object with a prompt or a dialog, got {fields.shown(body)}")
+    if not body.strip():
+        raise RequestError("the request has no prompt: its body is empty", field="prompt")
+    return Prediction(Form.TEXT, (Prompt("prompt", fields.string("prompt", body)),), _params({}, defaults))
+
+
+def _decode(body: bytes) -> str:
+    try:
+        return body.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as e:
+        raise RequestError(f"the body is not UTF-8: {e.reason} at byte {e.start}") from None
+
+
+def _parse_json(text: str) -> Any:
+    try:
+        return json.loads(text.removeprefix("\ufeff"), object_pairs_hook=_unique, parse_constant=_no_constant)
+    except RequestError:
+        raise
+    except RecursionError:
+        raise RequestError("the body is nested too deeply") from None
+    except json.JSONDecodeError as e:
+        raise RequestError(f"the body is not JSON: {e.msg} at line {e.lineno}, column {e.colno}") from None
+    except ValueError:  # Python refuses to read integers of thousands of digits
+        raise RequestError("the body holds a number of too many digits") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        name = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise RequestError(f"{fields.shown(name)} is given twice", field=fields.shown(name).strip("'\""))
+    return found
+
+
+def _no_constant(literal: str) -> Any:
+    raise RequestError(f"the body is not JSON: {literal} is no number there")
+
+
+def _object(body: Mapping[Any, Any], defaults: Defaults) -> Prediction:
+    for name in body:
+        if name not in KNOWN_FIELDS:
+            raise fields.unknown_field(str(name), KNOWN_FIELDS)
+    given = {name: value for name, value in body.items() if value is not None}
+    prompt = _prompt(given)
+    params = _params(given, defaults)
+    stream = fields.boolean("stream", given.get("stream", True))
+    return Prediction(Form.OBJECT, (prompt,), params, stream)
+
+
+def _prompt(given: Mapping[str, Any]) -> Prompt:
+    mode = given.get("mode")
+    if mode is not None and mode not in MODES:
+        raise RequestError(f"mode must be one of {', '.join(MODES)}, got {fields.shown(mode)}", field="mode")
+    named = [name for name in PROMPT_FIELDS if name in given]
+    if not named:
+        wanted = "dialog" if mode == "chat" else "prompt"
+        raise RequestError(f"the request has no {wanted}", field=wanted)
+    if len(named) > 1:
+        raise RequestError(f"the request has both {named[0]} and {named[1]}; send one of them", field=named[1])
+    (name,) = named
+    if mode is not None and (mode == "chat") != (name == "dialog"):
+        raise RequestError(f"mode {mode!r} does not go with {name}", field="mode")
+    value: Value
+    if name == "dialog":
+        value = _dialog(given[name], name)
+    elif name == "prompt":
+        value = fields.string(name, given[name])
+    else:
+        value = fields.token_ids(name, given[name])
+        if not value:
+            raise RequestError(f"{name} is empty", field=name)
+    return Prompt(name, value)
+
+
+def _dialogs(body: list[Any], defaults: Defaults) -> Prediction:
+    if defaults.mode != "chat":
+        raise RequestError("a list of dialogs as the body needs mode: chat in model-config.yaml", field="mode")
+    if not body:
+        raise RequestError("the body is an empty list; it must hold dialogs", field="dialog")
+    prompts = tuple(Prompt(f"dialogs[{i}]", _dialog(dialog, f"dialogs[{i}]")) for i, dialog in enumerate(body))
+    return Prediction(Form.DIALOGS, prompts, _params({}, defaults))
+
+
+def _dialog(dialog: Any, field: str) -> list[tuple[str, str]]:
+    messages = check_dialog(dialog, field)
+    for i, (_, content) in enumerate(messages):
+        try:
+            fields.check_unicode(f"{field}[{i}].content", content)
+        except RequestError as e:
+            raise RequestError(str(e), field=field) from None
+    return messages
+
+
+def _params(given: Mapping[str, Any], defaults: Defaults) -> SamplingParams:
+    values = {name: check(name, given[name]) for name, check in fields.SAMPLING.items() if name in given}
+    if defaults.max_new_tokens_cap is not None and "max_new_tokens" in values:
+        values["max_new_tokens"] = min(values["max_new_tokens"], defaults.max_new_tokens_cap)
+    merged = {name: getattr(defaults.params, name) for name in fields.SAMPLING} | values
+    params = SamplingParams(**merged)
+    params.validate()
+    return params

@@ -1,0 +1,84 @@
+"""What goes back: bytes of JSON, and what TorchServe must be told about them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import msgspec
+
+from tpserve.engine.errors import EngineError, OverloadedError, RequestError
+
+JSON = "application/json"
+NDJSON = "application/x-ndjson"
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """One message to one client.
+
+    Attributes:
+        body: of the whole reply, or one chunk of a stream.
+        more: None: this is the whole reply; True: a chunk, others follow; False: the last chunk of a stream that has
+            begun.
+        status, content_type, headers: of the reply; fixed by a stream's first chunk.
+    """
+
+    body: bytes
+    content_type: str = JSON
+    status: int = 200
+    headers: tuple[tuple[str, str], ...] = ()
+    more: bool | None = None
+
+
+@dataclasses.dataclass
+class Generated:
+    """Tokens of one sequence, since the last chunk or altogether."""
+
+    text: str = ""
+    ids: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[float] | None = None
+    finish_reason: str | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    def line(self, error: str | None = None) -> bytes:
+        """One JSON object, newline-terminated."""
+        out: dict[str, Any] = {"text": self.text, "ids": self.ids}
+        if self.logprobs is not None:
+            out["logprobs"] = self.logprobs
+        if self.finish_reason is not None:
+            out["finish_reason"] = self.finish_reason
+            out["usage"] = {
+                "prompt_tokens": self.prompt_tokens,
+                "completion_tokens": self.completion_tokens,
+                "total_tokens": self.prompt_tokens + self.completion_tokens,
+            }
+        if error is not None:
+            out["error"] = {"message": error, "field": None, "code": 503}
+        return msgspec.json.encode(out) + b"\n"
+
+
+def json_reply(content: Any, status: int = 200) -> Reply:
+    """A whole reply of one JSON value."""
+    return Reply(msgspec.json.encode(content) + b"\n", JSON, status)
+
+
+def error_reply(error: Exception) -> Reply:
+    """A whole reply that says what went wrong; faults of ours say no more than that they are."""
+    field: str | None = None
+    headers: tuple[tuple[str, str], ...] = ()
+    message = str(error)
+    match error:
+        case OverloadedError():
+            status, headers = error.status, (("Retry-After", str(error.retry_after_s)),)
+        case RequestError():
+            status, field = error.status, error.field
+        case EngineError():
+            status = 503
+        case _:
+            status, message = 500, "internal error"
+    content = {"error": {"message": message, "field": field, "code": status}}
+    # json and not msgspec: a message may quote text that UTF-8 cannot spell.
+    return Reply(json.dumps(content).encode() + b"\n", JSON, status, headers)

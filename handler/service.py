@@ -1,0 +1,81 @@
+"""The backend process: starts the engine, and serves TorchServe in the way that its configuration asks for."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tpserve.engine.client import EngineClient
+from tpserve.engine.errors import ConfigError
+from tpserve.engine.process import die_with_parent
+from tpserve.engine.text.tokenizer import Tokenizer, TokenizerError
+from tpserve.handler.backend import Backend
+from tpserve.handler.blocking import handle_batch
+from tpserve.handler.config import HandlerConfig
+from tpserve.handler.mailbox import Mailbox
+from tpserve.handler.prompts import PromptEncoder
+from tpserve.handler.torchserve import Context
+
+Handle = Callable[[Sequence[Mapping[str, Any]], Context], list[bytes]]
+
+logger = logging.getLogger(__name__)
+
+
+class Service:
+    """One started model.
+
+    Args:
+        handle: answers one call of TorchServe.
+    """
+
+    def __init__(self, handle: Handle) -> None:
+        self.handle = handle
+
+    @classmethod
+    def start(cls, context: Context) -> Service:
+        """Reads the configuration and starts what this process has to be."""
+        die_with_parent()
+        _quieten()
+        if int(os.environ.get("RANK", "0")) != 0:  # under TorchServe's own torchrun, rank 0 does everything
+            return cls(_idle)
+        config = HandlerConfig.from_yaml(
+            context.model_yaml_config, Path(str(context.system_properties["model_dir"])).resolve()
+        )
+        visible = config.visible_devices(
+            context.system_properties.get("gpu_id"), os.environ.get("CUDA_VISIBLE_DEVICES")
+        )
+        if visible is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = visible
+        client = EngineClient(config.engine)
+        tokenizer = _tokenizer(config)
+        info = client.start()
+        atexit.register(client.close)
+        logger.info("serving %s: %s", config.engine.checkpoint_dir, info)
+        encoder = PromptEncoder(tokenizer, client.checkpoint.args.vocab_size, info.max_seq_len)
+        backend = Backend(client, tokenizer, encoder, config.defaults, threading.Event())
+        if config.continuous_batching:
+            return cls(Mailbox(backend).handle)
+        return cls(lambda data, context: handle_batch(backend, data, context))
+
+
+def _idle(data: Sequence[Mapping[str, Any]], _context: Context) -> list[bytes]:
+    return [b""] * len(data)
+
+
+def _tokenizer(config: HandlerConfig) -> Tokenizer | None:
+    try:
+        if config.tokenizer is not None:
+            return Tokenizer(config.tokenizer)
+        return Tokenizer.from_checkpoint(Path(config.engine.checkpoint_dir))
+    except TokenizerError as e:
+        raise ConfigError(str(e)) from None
+
+
+def _quieten() -> None:
+    """Drops TorchServe's line for every call: hundreds a second say nothing. Metrics travel as log lines and stay."""
+    logging.getLogger().addFilter(lambda record: not record.msg.startswith("Backend received inference at"))
