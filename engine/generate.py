@@ -149,3 +149,6 @@ def generate(
 
 if __name__ == "__main__":
     fire.Fire(generate)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # torch's teardown at exit has aborted ranks that had finished

@@ -71,10 +71,10 @@ def process_group(config: EngineConfig, device: torch.device) -> Iterator[Tensor
         timeout=datetime.timedelta(seconds=config.step_timeout_s),
         device_id=device if device.type == "cuda" else None,
     )
-    try:
-        yield TensorParallel.from_world()
-    finally:
-        dist.destroy_process_group()
+    yield TensorParallel.from_world()
+    # After a failure there is nothing to agree on any more: the process ends, and the group with it.
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 @contextlib.contextmanager

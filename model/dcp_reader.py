@@ -89,6 +89,8 @@ class MmapReader(FileSystemReader):
             try:
                 with path.open("rb") as f:
                     data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)  # unmapped with its last view
+                # The kernel's read-ahead would fetch neighbouring chunks, which are other ranks'; see `_view`.
+                data.madvise(mmap.MADV_RANDOM)
                 for item in items:
                     self._copy(data, path, item, planner)
             except CheckpointError:
@@ -130,6 +132,8 @@ class MmapReader(FileSystemReader):
         dtype, count = tensor_metadata.properties.dtype, chunk.sizes.numel()
         if record.file_size != count * dtype.itemsize:
             raise ValueError(f"{item.storage_index.fqn} has {record.file_size} bytes, not {count * dtype.itemsize}")
+        first_page = start // mmap.PAGESIZE * mmap.PAGESIZE
+        data.madvise(mmap.MADV_WILLNEED, first_page, start + record.file_size - first_page)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
             return torch.frombuffer(data, dtype=dtype, count=count, offset=start).view(chunk.sizes)
