@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.resources
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -44,6 +45,11 @@ class Archive:
     config: Path
     tensor_parallel_size: int
 
+    @property
+    def models(self) -> str:
+        """What `torchserve --models` wants: without the suffix it looks for a folder only."""
+        return self.path.name
+
 
 def archive(
     checkpoint: str | Path,
@@ -73,6 +79,8 @@ def archive(
     """
     if archive_format not in FORMATS:
         raise ArchiveError(f"archive_format must be one of {', '.join(FORMATS)}, got {archive_format!r}")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", model_name):  # it becomes a file name and part of a URL
+        raise ArchiveError(f"model_name must be letters, digits, '_', '-' and '.', got {model_name!r}")
     folder = Path(checkpoint).resolve()
     try:
         dim = CheckpointInfo.read(folder).args.dim
@@ -137,7 +145,8 @@ def _run_archiver(scratch: Path, model_name: str, version: str, export_path: Pat
     ]  # fmt: skip
     done = subprocess.run(command, env=_environment(work), capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise ArchiveError(f"torch-model-archiver failed: {done.stderr.strip().splitlines()[-1:] or done.returncode}")
+        reason = done.stderr.strip().splitlines()[-1:] or [f"status {done.returncode}"]
+        raise ArchiveError(f"torch-model-archiver failed: {reason[0]}")
 
 
 def _environment(work: Path) -> dict[str, str]:

@@ -106,13 +106,13 @@ class Backend:
     def health(self) -> Reply:
         """200 when tokens can be made, 503 with the reason when not."""
         if self._engine.ready:
-            return json_reply({"status": "ready", **msgspec.to_builtins(self._engine.info)})
+            return json_reply({"status": "ready", **msgspec.structs.asdict(self._engine.info)})
         reason = self._engine.failure or "the rank group is starting"
         return json_reply({"status": "unavailable", "reason": reason}, 503)
 
     def _status(self) -> Reply:
         try:
-            return json_reply(msgspec.to_builtins(self._engine.status(_STATUS_TIMEOUT_S)))
+            return json_reply({"ranks": self._engine.status(_STATUS_TIMEOUT_S).ranks})
         except EngineError as e:
             return error_reply(e)
 
