@@ -43,8 +43,9 @@ def check_disk_space(out_dir: Path, needed_bytes: int) -> None:
     ancestor = next(p for p in out_dir.parents if p.exists())
     free_bytes = shutil.disk_usage(ancestor).free
     if free_bytes < needed_bytes:
+        free_mib, needed_mib = free_bytes >> 20, -(-needed_bytes >> 20)
         raise ConvertError(
-            f"{ancestor} has {free_bytes >> 20:,} MiB free, the converted checkpoint needs {needed_bytes >> 20:,} MiB; "
+            f"{ancestor} has {free_mib:,} MiB free, the converted checkpoint needs {needed_mib:,} MiB; "
             "free some space or choose another --out_dir"
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import shutil
 import warnings
 import weakref
@@ -23,6 +24,7 @@ from tpserve.convert import source_tensor
 from tpserve.convert.convert import convert
 from tpserve.convert.errors import ConvertError
 from tpserve.convert.manifest import verify_manifest
+from tpserve.convert.shard_files import open_shard
 from tpserve.model.checkpoint import CheckpointInfo
 from tpserve.model.plan import tp_dim
 
@@ -30,9 +32,15 @@ STORIES = Path(__file__).resolve().parents[3] / "shared" / "data" / "stories260K
 needs_stories = pytest.mark.skipif(not STORIES.is_dir(), reason="shared/data/stories260K is not here")
 
 
+def metadata(out: Path) -> Any:
+    return pickle.loads((out / ".metadata").read_bytes())
+
+
 def load_stock(folder: Path, like: dict[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """Loads a folder with plain PyTorch into tensors shaped like `like`, filled with rubbish first."""
     state = {name: torch.full_like(t, 7, dtype=dtype or t.dtype) for name, t in like.items()}
+    for name, t in state.items():  # loading would cast silently
+        assert metadata(folder).state_dict_metadata[name].properties.dtype == t.dtype
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", "torch.distributed is disabled", UserWarning
@@ -145,10 +153,6 @@ def test_any_llama_survives_conversion(tmp_path_factory: pytest.TempPathFactory,
     shutil.rmtree(folder)
 
 
-def metadata(out: Path) -> Any:
-    return pickle.loads((out / ".metadata").read_bytes())
-
-
 def test_every_tensor_is_cut_in_8_along_its_tp_dimension(ckpt: Path, tmp_path: Path) -> None:
     meta = metadata(convert(ckpt, tmp_path / "out", progress=False))
     for name, weight in random_weights(TINY_PARAMS).items():
@@ -167,10 +171,16 @@ def test_one_file_a_layer_and_one_plain_storage_an_item(ckpt: Path, tmp_path: Pa
     }
     for index, info in metadata(out).storage_data.items():
         assert index.fqn.startswith(info.relative_path.removesuffix(".distcp") + ".")
-        (tmp_path / "item").write_bytes((out / info.relative_path).read_bytes()[info.offset :][: info.length])
-        item = torch.load(tmp_path / "item", mmap=True, weights_only=True)  # mapping fails if it were compressed
+        item = stored_item(out, info, tmp_path)
         assert item.is_contiguous()
         assert item.untyped_storage().nbytes() == item.nbytes
+
+
+def stored_item(out: Path, info: Any, tmp_path: Path) -> Tensor:
+    (tmp_path / "item").write_bytes((out / info.relative_path).read_bytes()[info.offset :][: info.length])
+    item = torch.load(tmp_path / "item", mmap=True, weights_only=True)
+    assert isinstance(item, Tensor)
+    return item
 
 
 def test_never_more_than_one_chunk_is_in_memory(ckpt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,6 +196,23 @@ def test_never_more_than_one_chunk_is_in_memory(ckpt: Path, tmp_path: Path, monk
     monkeypatch.setattr(source_tensor.SourceTensor, "read", remember)
     convert(ckpt, tmp_path / "out", progress=False)
     assert len(chunks) == 16 * 8 + 5
+
+
+def test_pages_of_the_source_are_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "consolidated.00.pth"
+    torch.save({"output.weight": torch.zeros(2048, 1024)}, path)  # 8 MiB
+    shard = open_shard(path)
+    weight = shard.tensors["output.weight"]
+
+    def resident_bytes() -> int:
+        maps = Path("/proc/self/smaps").read_text().split(str(path))[1:]
+        return sum(int(re.search(r"Rss: +(\d+) kB", m)[1]) * 1024 for m in maps)
+
+    monkeypatch.setattr(source_tensor, "BLOCK_BYTES", 256 << 10)
+    source_tensor.SourceTensor("output.weight", (2048, 1024), (weight,), 0, shard.mapped).read(0, 0, 2048, weight.dtype)
+    assert resident_bytes() <= 512 << 10
+    weight.sum()
+    assert resident_bytes() >= 8 << 20  # so the figure above is not of another file
 
 
 @pytest.mark.parametrize(
@@ -222,7 +249,9 @@ def test_files_of_torch_before_1_6_and_parameters_convert_too(ckpt: Path, tmp_pa
         shard = {k: torch.nn.Parameter(w) for k, w in shard.items()}
         torch.save(shard, path, _use_new_zipfile_serialization=False)
     weights = random_weights(TINY_PARAMS)
-    assert_same(load_stock(convert(ckpt, tmp_path / "out", progress=False), weights), weights)
+    out = convert(ckpt, tmp_path / "out", progress=False)
+    assert_same(load_stock(out, weights), weights)
+    assert not any(stored_item(out, info, tmp_path).requires_grad for info in metadata(out).storage_data.values())
 
 
 def test_buffers_of_metas_runtime_are_dropped(ckpt: Path, tmp_path: Path) -> None:
