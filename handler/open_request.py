@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -13,6 +14,8 @@ from tpserve.engine.text.detokenizer import IncrementalDetokenizer
 from tpserve.engine.text.tokenizer import Tokenizer
 from tpserve.handler.predictions import Form, Prediction
 from tpserve.handler.replies import NDJSON, Generated, Reply, error_reply, json_reply
+
+logger = logging.getLogger(__name__)
 
 
 class Pending(Protocol):
@@ -126,7 +129,16 @@ class OpenRequest:
         self.deliver(0, RequestOutput("", finish_reason="error", error=message))
 
     def take(self) -> Reply | None:
-        """The next reply, if there is anything to say."""
+        """The next reply, if there is anything to say. Never raises: one request's trouble is not the batch's."""
+        try:
+            return self._next()
+        except Exception as e:
+            logger.exception("request %s", self.engine_ids[0])
+            if not self._begun:
+                return error_reply(e)
+            return Reply(Generated(finish_reason="error").line("internal error"), NDJSON, more=False)
+
+    def _next(self) -> Reply | None:
         news = False
         while self._inbox:
             index, output = self._inbox.popleft()

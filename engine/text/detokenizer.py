@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from tpserve.engine.text.tokenizer import PieceKind, Tokenizer
 
 REPLACEMENT = "\ufffd"
+_NO_PIECE = (PieceKind.INVISIBLE, "", 0)
 
 
 class IncrementalDetokenizer:
@@ -31,7 +32,8 @@ class IncrementalDetokenizer:
         """The text that became certain with `ids`."""
         out: list[str] = []
         for token_id in ids:
-            kind, text, byte = self._pieces[token_id]
+            # Rows that only pad the model's vocabulary have no piece.
+            kind, text, byte = self._pieces[token_id] if token_id < len(self._pieces) else _NO_PIECE
             if kind is PieceKind.BYTE:
                 self._at_start = False
                 self._held.append(byte)

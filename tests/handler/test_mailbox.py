@@ -185,6 +185,18 @@ def test_a_fault_of_ours_is_500_and_says_nothing_of_it(engine: FakeEngine, front
     assert b"secret" not in frontend.bodies["a"]
 
 
+def test_tokens_that_cannot_be_told_are_their_own_requests_500(engine: FakeEngine, frontend: Frontend) -> None:
+    frontend.call({"a": body(HELLO), "b": body(HELLO)})
+    engine.say("b/0", ids_of("the"))
+    frontend.call()
+    for name in ("a/0", "b/0"):
+        engine.say(name, [None])  # type: ignore[list-item]
+    frontend.call()
+    assert (frontend.status["a"], frontend.status["b"], frontend.open) == (500, 200, [])
+    assert frontend.lines("b")[-1]["finish_reason"] == "error"
+    assert sorted(engine.cancelled) == ["a/0", "b/0"]
+
+
 def test_an_engine_failure_before_and_after_the_first_chunk(engine: FakeEngine, frontend: Frontend) -> None:
     frontend.call({"early": body(HELLO), "late": body(HELLO), "whole": body(HELLO | {"stream": False})})
     engine.say("late/0", ids_of("the"))

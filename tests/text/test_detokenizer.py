@@ -67,3 +67,10 @@ def test_a_character_of_bytes_comes_whole(model: Path) -> None:
     byte_ids = {byte: i for i, (kind, _, byte) in enumerate(tokenizer.pieces) if kind is PieceKind.BYTE}
     detokenizer = IncrementalDetokenizer(tokenizer)
     assert [detokenizer.push([byte_ids[b]]) for b in "東🦙".encode()] == ["", "", "東", "", "", "", "🦙"]
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda p: p.parent.name)
+def test_ids_that_only_pad_the_models_vocabulary_say_nothing(model: Path) -> None:
+    tokenizer = load(model)
+    ids = tokenizer.encode("a dog", bos=False, eos=False)
+    assert IncrementalDetokenizer(tokenizer).push([*ids, tokenizer.vocab_size, tokenizer.vocab_size + 9]) == "a dog"

@@ -40,17 +40,21 @@ class Answer:
 
 
 class Server:
-    """One TorchServe with one model store.
+    """One TorchServe.
+
+    Args:
+        folder: for its logs, sockets and temporary files.
+        store: the model store.
+        models: as `torchserve --models` wants them; requests go to the first unless they name another.
 
     Attributes:
         port: of the inference API.
         log: what it printed, backends included.
     """
 
-    def __init__(self, folder: Path, store: Path, model: str = "llama", **properties: str) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, store: Path, models: list[str]) -> None:
         self.log = folder / "log.txt"
-        self.model = model
+        self.models = [name.removesuffix(".mar") for name in models]
         self.port, management, metrics, grpc_1, grpc_2 = _free_ports(5)
         temp = folder / "temp"
         temp.mkdir(parents=True)
@@ -62,7 +66,6 @@ class Server:
             "grpc_inference_port": str(grpc_1),
             "grpc_management_port": str(grpc_2),
             "disable_system_metrics": "true",
-            **properties,
         }
         config = folder / "config.properties"
         config.write_text("".join(f"{key}={value}\n" for key, value in settings.items()))
@@ -77,7 +80,7 @@ class Server:
         }
         command = [
             str(Path(sys.executable).with_name("torchserve")), "--foreground", "--start", "--ncs",
-            "--model-store", str(store), "--models", model if (store / model).is_dir() else f"{model}.mar",
+            "--model-store", str(store), "--models", *models,
             "--ts-config", str(config),
         ]  # fmt: skip
         with self.log.open("wb") as log:
@@ -92,7 +95,7 @@ class Server:
             if "Failed to load model" in log or log.count("Backend worker process died") > 1:
                 break
             with contextlib.suppress(OSError, http.client.HTTPException):
-                if self.get("1.0/health").status == 200:
+                if all(self.get("1.0/health", model).status == 200 for model in self.models):
                     self.processes()
                     return
             time.sleep(0.25)
@@ -119,25 +122,36 @@ class Server:
 
     @contextlib.contextmanager
     def request(
-        self, method: str, path: str = "", body: bytes | None = None, content_type: str | None = None
+        self,
+        method: str,
+        path: str = "",
+        body: bytes | None = None,
+        content_type: str | None = None,
+        model: str | None = None,
     ) -> Iterator[http.client.HTTPResponse]:
         """Sends one request; yields the response as soon as its headers are there."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         try:
-            url = f"/predictions/{self.model}" + (f"/{path}" if path else "")
-            connection.request(method, url, body, {"Content-Type": content_type} if content_type else {})
+            url = f"/predictions/{model or self.models[0]}" + (f"/{path}" if path else "")
+            # A body that is too large is answered before it is read to its end.
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                connection.request(method, url, body, {"Content-Type": content_type} if content_type else {})
             yield connection.getresponse()
         finally:
             connection.close()
 
-    def get(self, path: str) -> Answer:
-        with self.request("GET", path) as response:
+    def get(self, path: str, model: str | None = None) -> Answer:
+        with self.request("GET", path, model=model) as response:
             return _read(response)
 
-    def post(self, body: Any, content_type: str | None = "application/json") -> Answer:
+    def post(self, body: Any, content_type: str | None = "application/json", model: str | None = None) -> Answer:
         """Posts bytes, or anything else as JSON; reads the whole reply."""
-        with self.request("POST", "", encoded(body), content_type) as response:
+        with self.request("POST", "", encoded(body), content_type, model) as response:
             return _read(response)
+
+    def blocks_in_use(self, model: str | None = None) -> list[int]:
+        """KV blocks in use on every rank."""
+        return [rank["num_blocks_in_use"] for rank in self.get("1.0/status", model).json["ranks"]]
 
 
 def encoded(body: Any) -> bytes:
