@@ -16,7 +16,7 @@ from tests.torchserve.conftest import running
 from tests.torchserve.server import Server
 from tpserve.handler.archive import archive
 
-OLD = {
+OLD: dict[str, Any] = {
     "minWorkers": 1,
     "maxWorkers": 1,
     "maxBatchDelay": 200,
@@ -44,9 +44,11 @@ DIALOG = {"dialog": [{"role": "user", "content": "what is the recipe of mayonnai
 @pytest.fixture(scope="module")
 def old(folder: Path, tiny_checkpoint: Path) -> Iterator[Server]:
     """Two models: the file as it was, and with continuous batching."""
-    for name, more in {"old": {"batchSize": 4}, "old_streaming": {"batchSize": 8, "continuousBatching": True}}.items():
+    streaming = {**OLD, "batchSize": 8, "continuousBatching": True}
+    streaming["handler"] = {**OLD["handler"], "max_new_tokens": 400}
+    for name, content in {"old": {**OLD, "batchSize": 4}, "old_streaming": streaming}.items():
         config = folder / f"{name}.yaml"
-        config.write_text(yaml.safe_dump({**OLD, **more}))
+        config.write_text(yaml.safe_dump(content))
         archive(
             tiny_checkpoint, config=config, model_name=name, export_path=folder / "old", archive_format="no-archive"
         )
@@ -84,15 +86,17 @@ def test_with_continuous_batching_it_streams(old: Server) -> None:
 
 
 def test_a_rank_that_dies_costs_a_stream_a_pause(old: Server) -> None:
-    body = {**PROMPT, "ignore_eos": True}
+    body = {**PROMPT, "ignore_eos": True, "max_new_tokens": 400}
     alone = old.post(body, model="old_streaming").lines
     with old.request("POST", "", json.dumps(body).encode(), "application/json", "old_streaming") as response:
         lines = [json.loads(response.readline())]
-        ranks = [p for p in old.processes() if "tpserve.engine.worker" in p.cmdline()]
+        # torchrun starts a rank with `python -u -m`.
+        ranks = [p for p in old.processes() if "tpserve.engine.worker" in p.cmdline() and p.cmdline()[1] == "-u"]
         assert len(ranks) == 4
         for rank in ranks[::2]:  # one of each model
             rank.kill()
         lines += [json.loads(line) for line in response]
+    assert len(lines[0]["ids"]) < 100  # it was killed in the middle
     assert [i for line in lines for i in line["ids"]] == [i for line in alone for i in line["ids"]]
     assert lines[-1]["usage"] == alone[-1]["usage"]
 
