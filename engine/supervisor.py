@@ -99,6 +99,8 @@ def _environment(config: EngineConfig) -> dict[str, str]:
     # All ranks are on this machine: gloo would otherwise look up the host's name and bind to that address.
     env.setdefault("GLOO_SOCKET_IFNAME", "lo")
     env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // config.tensor_parallel_size)))
+    # Threads that spin at a barrier while another process has their core make a step forty times slower.
+    env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     return env
 
 

@@ -37,6 +37,7 @@ _ALLOWED_NAMES = {
     ("pathlib._local", "PosixPath"),
 }
 _LOCAL_FILE_HEADER_BYTES = 30  # of the zip format, before file name and extra field
+_PREFETCH_BYTES = 128 << 10  # the kernel cuts a longer wish to its read-ahead window
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -132,8 +133,9 @@ class MmapReader(FileSystemReader):
         dtype, count = tensor_metadata.properties.dtype, chunk.sizes.numel()
         if record.file_size != count * dtype.itemsize:
             raise ValueError(f"{item.storage_index.fqn} has {record.file_size} bytes, not {count * dtype.itemsize}")
-        first_page = start // mmap.PAGESIZE * mmap.PAGESIZE
-        data.madvise(mmap.MADV_WILLNEED, first_page, start + record.file_size - first_page)
+        end = start + record.file_size
+        for piece in range(start // mmap.PAGESIZE * mmap.PAGESIZE, end, _PREFETCH_BYTES):
+            data.madvise(mmap.MADV_WILLNEED, piece, min(_PREFETCH_BYTES, end - piece))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
             return torch.frombuffer(data, dtype=dtype, count=count, offset=start).view(chunk.sizes)

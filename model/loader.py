@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from tpserve.model.checkpoint import CheckpointError, CheckpointInfo
@@ -74,7 +75,11 @@ def load_model(
     # no_dist: coordination would pickle plans over sockets, and each rank can see for itself what it lacks.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        load(state, storage_reader=reader, no_dist=True)
+        try:
+            load(state, storage_reader=reader, no_dist=True)
+        except CheckpointException as e:  # how DCP wraps what the reader said
+            reason = next((error for error, _ in e.failures.values()), e)
+            raise reason if isinstance(reason, CheckpointError) else CheckpointError(f"{checkpoint_dir}: {e}") from None
     localize(model, tp)
     model.rope_PC2 = rope_table(info.args, max_seq_len, device)
     return LoadedModel(model.eval(), info, tp, device, dtype, reader.bytes_copied)

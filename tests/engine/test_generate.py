@@ -1,0 +1,157 @@
+"""Offline batches under torchrun: the real command, its order, its errors, and going on after an interruption."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.data import shared_data, stories_reference
+from tpserve.convert.convert import convert
+from tpserve.engine.journal import Journal, digest
+
+
+def command(tp: int, checkpoint: Path, prompts: Path, out: Path, *options: str) -> list[str]:
+    torchrun = ["torch.distributed.run", "--nproc-per-node", str(tp), "--master-port", "0", "--standalone"]
+    files = ["--checkpoint", str(checkpoint), "--prompts", str(prompts), "--out", str(out)]
+    return [sys.executable, "-m", *torchrun, "-m", "tpserve.engine.generate", *files, "--device", "cpu", *options]
+
+
+# Threads of several processes on few cores would wait for each other.
+ENV = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def write_jsonl(path: Path, lines: list[Any]) -> Path:
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return path
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def run(*args: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*args), capture_output=True, text=True, check=False, timeout=120, env=ENV)
+
+
+@pytest.mark.parametrize(("mp", "tp"), [(1, 1), (2, 2), (4, 4), (4, 2)])
+def test_a_real_model_says_what_metas_implementation_says(mp: int, tp: int, tmp_path: Path) -> None:
+    reference = stories_reference()
+    folder = convert(shared_data("stories260K") / f"mp{mp}", tmp_path / "model", progress=False)
+    lines = [{"prompt": c["prompt"], "max_new_tokens": len(c["logprobs"])} for c in reference["completions"]]
+    n_chat = 60
+    lines += [{"dialog": chat["dialog"], "max_new_tokens": n_chat} for chat in reference["chats"]]
+    prompts = write_jsonl(tmp_path / "in.jsonl", lines * 3)  # batch-mates must not matter
+    done = run(tp, folder, prompts, tmp_path / "out.jsonl", "--max_seq_len", "512", "--logprobs")
+    assert done.returncode == 0, done.stderr
+    assert "tokens/s" in done.stderr
+    results = read_jsonl(tmp_path / "out.jsonl")
+    assert len(results) == len(lines) * 3
+    n = len(lines)
+    for i, expected in enumerate(reference["completions"]):
+        for result in results[i::n]:
+            assert result["text"] == expected["text"]
+            assert result["usage"]["prompt_tokens"] == len(expected["prompt_ids"])
+            assert len(result["ids"]) == len(result["logprobs"]) == len(expected["logprobs"])
+            worst = max(abs(a - b) for a, b in zip(result["logprobs"], expected["logprobs"], strict=True))
+            assert worst <= 2e-3
+    for chat, result in zip(reference["chats"], results[len(reference["completions"]) :], strict=False):
+        reply = chat["reply"]["content"]
+        assert result["text"].startswith(reply) or reply.startswith(result["text"])
+
+
+def test_lines_keep_their_order_and_bad_ones_their_place(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    prompts = write_jsonl(
+        tmp_path / "in.jsonl",
+        [
+            {"prompt_token_ids": [5, 6], "max_new_tokens": 30, "ignore_eos": True},
+            "not JSON",
+            {"prompt_token_ids": [5, 6], "max_new_tokens": 2, "ignore_eos": True, "logprobs": True},
+            {"prompt": "text, without a tokenizer"},
+            {"prompt_token_ids": [7], "temperature": "hot"},
+            {"prompt_token_ids": [999]},
+            {"prompt_token_ids": list(range(3, 100))},
+            {"prompt_token_ids": [8], "max_new_tokens": 3, "temperature": 1.0, "seed": 9, "ignore_eos": True},
+        ],
+    )
+    out = tmp_path / "out.jsonl"
+    done = run(1, tiny_checkpoint, prompts, out, "--max_seq_len", "64")
+    assert done.returncode == 0, done.stderr
+    results = read_jsonl(out)
+    assert results[0]["ids"][:2] == results[2]["ids"]
+    assert results[0]["usage"] == {"prompt_tokens": 2, "completion_tokens": 30, "total_tokens": 32}
+    assert results[0]["finish_reason"] == "length"
+    assert results[0]["text"] is None
+    assert len(results[2]["logprobs"]) == 2
+    assert len(results[7]["ids"]) == 3
+    fields = [result.get("error", {}).get("field", "served") for result in results]
+    assert fields == ["served", None, "served", "prompt", "temperature", "prompt_token_ids", "prompt", "served"]
+    assert not out.with_name("out.jsonl.partial").exists()
+
+
+def test_an_interrupted_batch_goes_on_where_it_was(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    lines = [{"prompt_token_ids": [3 + i], "max_new_tokens": 10 + 3 * i, "ignore_eos": True} for i in range(60)]
+    prompts = write_jsonl(tmp_path / "in.jsonl", lines)
+    out, partial = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
+    options = ("--max_seq_len", "256", "--max_num_seqs", "4")
+    process = subprocess.Popen(command(1, tiny_checkpoint, prompts, out, *options), stderr=subprocess.DEVNULL, env=ENV)
+    deadline_s = time.monotonic() + 60
+    while (not partial.exists() or partial.read_bytes().count(b"\n") < 8) and time.monotonic() < deadline_s:
+        time.sleep(0.005)
+    process.terminate()
+    process.wait()
+    assert not out.exists()
+    kept = partial.read_bytes().count(b"\n")
+    assert 8 <= kept < 60
+    with partial.open("ab") as f:
+        f.write(b'{"index": 59, "dig')  # a line that was being written
+    done = run(1, tiny_checkpoint, prompts, out, *options)
+    assert done.returncode == 0, done.stderr
+    assert f"{kept} of 60 lines were finished before" in done.stderr
+    whole = run(1, tiny_checkpoint, prompts, tmp_path / "whole.jsonl", *options)
+    assert whole.returncode == 0
+    assert read_jsonl(out) == read_jsonl(tmp_path / "whole.jsonl")
+
+
+def test_a_journal_of_another_input_is_not_believed(tmp_path: Path) -> None:
+    old = [digest({"prompt": "a"}, 0), digest({"prompt": "b"}, 0)]
+    with Journal(tmp_path / "out", old) as journal:
+        journal.add(0, {"text": "A"})
+        journal.add(1, {"text": "B"})
+    with Journal(tmp_path / "out", [old[0], digest({"prompt": "c"}, 0)]) as journal:
+        assert journal.results == {0: {"text": "A"}}
+    with Journal(tmp_path / "out", [digest({"prompt": "a"}, 1)]) as journal:
+        assert journal.results == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--max_sek_len", "3"), "did you mean 'max_seq_len'"),
+        (("--temperature", "-1"), "temperature"),
+        (("--max_seq_len", "0"), "max_seq_len"),
+        (("--tensor_parallel_size", "2"), "torchrun --nproc-per-node 2"),
+    ],
+)
+def test_wrong_options_are_explained(
+    tiny_checkpoint: Path, tmp_path: Path, options: tuple[str, ...], message: str
+) -> None:
+    prompts = write_jsonl(tmp_path / "in.jsonl", [{"prompt_token_ids": [3]}])
+    arguments = ["--checkpoint", str(tiny_checkpoint), "--prompts", str(prompts), "--out", str(tmp_path / "out.jsonl")]
+    done = subprocess.run(
+        [sys.executable, "-m", "tpserve.engine.generate", *arguments, "--device", "cpu", *options],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        env=ENV,
+    )
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
