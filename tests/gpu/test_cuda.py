@@ -1,0 +1,80 @@
+"""The same engine on CUDA over NCCL says what it says on the CPU over gloo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers.requests import Collected
+from tests.helpers.shards import TINY_PARAMS, write_fairscale_checkpoint
+from tpserve.convert.convert import convert
+from tpserve.engine.client import EngineClient
+from tpserve.engine.config import EngineConfig
+from tpserve.engine.process import is_running
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU"),
+]
+PARAMS = TINY_PARAMS | {"dim": 256, "n_heads": 4, "n_kv_heads": 2, "n_layers": 4, "vocab_size": 500}
+PROMPTS = [[3 + (7 * i + j * j) % 490 for j in range(1 + 9 * i)] for i in range(12)]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("gpu")
+    write_fairscale_checkpoint(folder / "in", PARAMS, mp=2, seed=5)
+    return convert(folder / "in", folder / "out", progress=False)
+
+
+def answers(
+    checkpoint: Path, device: str, tp: int, dtype: str, temperature: float
+) -> tuple[list[list[int]], list[list[float]]]:
+    config = EngineConfig(
+        checkpoint_dir=str(checkpoint),
+        device=device,
+        tensor_parallel_size=tp,
+        dtype=dtype,
+        max_seq_len=512,
+        max_num_seqs=16,
+        max_num_batched_tokens=64,
+    )
+    client = EngineClient(config)
+    try:
+        info = client.start()
+        assert info.device.startswith(device)
+        pids = client.pids
+        streams = [
+            Collected(client, p, max_new_tokens=40, ignore_eos=True, temperature=temperature, seed=i, logprobs=True)
+            for i, p in enumerate(PROMPTS)
+        ]
+        ids = [stream.wait() for stream in streams]
+        assert [rank.num_blocks_in_use for rank in client.status().ranks] == [0] * tp
+    finally:
+        client.close()
+    assert not [pid for pid in pids if is_running(pid)]
+    return ids, [stream.logprobs for stream in streams]
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_float32_tokens_equal_the_cpus(checkpoint: Path, tp: int, temperature: float) -> None:
+    if torch.cuda.device_count() < tp:
+        pytest.skip(f"{tp} GPUs needed, {torch.cuda.device_count()} here")
+    expected, logprobs = answers(checkpoint, "cpu", 1, "float32", temperature)
+    got, got_logprobs = answers(checkpoint, "cuda", tp, "float32", temperature)
+    assert got == expected
+    for a, b in zip(logprobs, got_logprobs, strict=True):
+        assert max(abs(x - y) for x, y in zip(a, b, strict=True)) < 2e-3
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_near(checkpoint: Path, dtype: str) -> None:
+    tp = min(2, torch.cuda.device_count())
+    _, exact = answers(checkpoint, "cpu", 1, "float32", 0.0)
+    _, half = answers(checkpoint, "cuda", tp, dtype, 0.0)
+    # Later tokens may differ, and with them everything after; the first ones' probabilities must agree.
+    for a, b in zip(exact, half, strict=True):
+        assert abs(a[0] - b[0]) < 0.1
