@@ -67,7 +67,8 @@ def tokenizer() -> spm.SentencePieceProcessor:
 def logits(w: dict[str, torch.Tensor], tokens: list[int]) -> torch.Tensor:
     """[T, V] of one row."""
     n_heads, n_kv_heads, head_dim = 8, 4, 32
-    angles = torch.outer(torch.arange(len(tokens)).float(), w["rope.freqs"])
+    freqs = 1.0 / 10000.0 ** (torch.arange(0, head_dim, 2).float() / head_dim)  # the file's are rounded to float16
+    angles = torch.outer(torch.arange(len(tokens)).float(), freqs)
     turn_TE = torch.polar(torch.ones_like(angles), angles)
 
     def norm(x_TD: torch.Tensor, name: str) -> torch.Tensor:
