@@ -15,7 +15,6 @@ from typing import Any
 
 from tpserve.convert.convert import convert
 from tpserve.engine.errors import ConfigError, EngineError
-from tpserve.engine.process import is_running
 from tpserve.handler.archive import archive
 from tpserve.handler.server_process import TorchServeProcess
 
@@ -42,18 +41,19 @@ def run(tensor_parallel_size: int, checkpoint: str | None) -> None:
         made = archive(converted, export_path=work / "store", tensor_parallel_size=tensor_parallel_size)
         _say(f"starting TorchServe with {made.path.name} at tensor-parallel size {tensor_parallel_size}")
         started_s = time.monotonic()
-        server = TorchServeProcess(work / "store", made.models)
+        server = TorchServeProcess(work / "store", [made.models])
+        url = f"{server.address}/predictions/{server.models[0]}"
         try:
             server.wait_until_ready()
-            _say(f"ready after {time.monotonic() - started_s:.1f} s: {len(server.pids())} processes")
-            _story(server.url)
-            _chat(server.url)
-            _batch(server.url)
+            _say(f"ready after {time.monotonic() - started_s:.1f} s: {len(server.pids)} processes")
+            _story(url)
+            _chat(url)
+            _batch(url)
         finally:
-            killed = server.stop()
-        left = [pid for pid in server.pids() if is_running(pid)]
-        if killed or left:
-            raise EngineError(f"processes outlived TorchServe: {killed or left}")
+            outlived = server.stop()
+            server.remove()
+        if outlived:
+            raise EngineError(f"processes outlived TorchServe: {outlived}")
         _say("stopped; no process is left")
 
 

@@ -26,7 +26,7 @@ from tpserve.engine.journal import Journal, digest
 from tpserve.engine.loop import follow, lead
 from tpserve.engine.offline import OfflineFrontend, error_result, read_jsonl
 from tpserve.engine.protocol import SamplingParams
-from tpserve.engine.requests import GenerateRequest, check_prompt, parse_request, sampling_params
+from tpserve.engine.requests import GenerateRequest, PromptEncoder, parse_request, sampling_params
 from tpserve.engine.text.tokenizer import Tokenizer, TokenizerError
 from tpserve.model.checkpoint import CheckpointError, CheckpointInfo
 
@@ -67,6 +67,7 @@ def _lead_batch(job: Job, core: EngineCore, channel: LeaderChannel) -> int:
     checkpoint = Path(job.config.checkpoint_dir)
     info = CheckpointInfo.read(checkpoint)
     tokenizer = Tokenizer.from_checkpoint(checkpoint)
+    encoder = PromptEncoder(tokenizer, info.args.vocab_size, core.shape.max_seq_len)
     lines = read_jsonl(job.prompts)
     defaults = msgspec.to_builtins(job.defaults)
     settings = [dataclasses.asdict(info), str(checkpoint.resolve()), defaults, core.shape.max_seq_len]
@@ -79,7 +80,7 @@ def _lead_batch(job: Job, core: EngineCore, channel: LeaderChannel) -> int:
             if index in journal.results:
                 continue
             try:
-                requests.append((index, _request(line, tokenizer, job.defaults, core, info.args.vocab_size)))
+                requests.append((index, _request(line, encoder, job.defaults)))
             except RequestError as e:
                 journal.add(index, error_result(e))
         frontend = OfflineFrontend(requests, tokenizer, 2 * job.config.max_num_seqs, journal.add)
@@ -89,13 +90,10 @@ def _lead_batch(job: Job, core: EngineCore, channel: LeaderChannel) -> int:
         return sum("error" in result for result in journal.results.values())
 
 
-def _request(
-    line: Any, tokenizer: Tokenizer | None, defaults: SamplingParams, core: EngineCore, vocab_size: int
-) -> GenerateRequest:
+def _request(line: Any, encoder: PromptEncoder, defaults: SamplingParams) -> GenerateRequest:
     if isinstance(line, RequestError):
         raise line
-    request = parse_request(line, tokenizer, defaults)
-    check_prompt(request.prompt_token_ids, core.shape.max_seq_len, vocab_size)
+    request = parse_request(line, encoder, defaults)
     if request.params.seed is None:
         params = msgspec.structs.replace(request.params, seed=secrets.randbits(64))
         request = dataclasses.replace(request, params=params)
@@ -138,7 +136,7 @@ def generate(
             "logprobs": logprobs,
             "ignore_eos": ignore_eos,
         }
-        defaults = sampling_params(given, SamplingParams())
+        defaults = sampling_params({k: v for k, v in given.items() if v is not None}, SamplingParams())
         failed = run_batch(Job(Path(prompts), Path(out), defaults, config))
     except (ConfigError, CheckpointError, TokenizerError, RequestError, FileNotFoundError) as e:
         print(f"error: {e}", file=sys.stderr)

@@ -12,10 +12,10 @@ import msgspec
 
 from tpserve.engine.errors import EngineError, RequestError, TpserveError
 from tpserve.engine.protocol import Ready, RequestOutput, SamplingParams, Status
+from tpserve.engine.requests import PromptEncoder
 from tpserve.engine.text.tokenizer import Tokenizer
 from tpserve.handler.open_request import Deferred, OpenRequest, Pending
 from tpserve.handler.predictions import Defaults, Prediction, parse_request
-from tpserve.handler.prompts import PromptEncoder
 from tpserve.handler.replies import Reply, error_reply, json_reply
 
 _STATUS_TIMEOUT_S = 5.0

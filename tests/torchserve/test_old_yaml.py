@@ -52,7 +52,7 @@ def old(folder: Path, tiny_checkpoint: Path) -> Iterator[Server]:
         archive(
             tiny_checkpoint, config=config, model_name=name, export_path=folder / "old", archive_format="no-archive"
         )
-    yield from running(Server(folder / "old-server", folder / "old", ["old", "old_streaming"]), clean_log=False)
+    yield from running(Server(folder / "old", ["old", "old_streaming"]), clean_log=False)
 
 
 def put(old: Server, body: Any) -> Any:
@@ -106,7 +106,7 @@ def test_when_torchserve_is_killed_nothing_outlives_it(old: Server) -> None:
     below = old.processes()[1:]
     # Per model torchrun, two backends, our launcher and its two ranks.
     assert len(below) >= 1 + 2 * 6
-    (java,) = old.process.children()
+    (java,) = (process for process in below if process.name() == "java")
     java.kill()
     _, alive = psutil.wait_procs(below, timeout=15)
     assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]

@@ -39,7 +39,7 @@ def stories(folder: Path, checkpoints: dict[int, Path]) -> Iterator[Server]:
             checkpoints[mp], model_name=f"tp{tp}", export_path=store, archive_format="no-archive",
             tensor_parallel_size=tp,
         )  # fmt: skip
-    yield from running(Server(folder / "stories", store, [f"tp{tp}" for tp in MP_TO_TP.values()]))
+    yield from running(Server(store, [f"tp{tp}" for tp in MP_TO_TP.values()]))
 
 
 @pytest.fixture(scope="module")
