@@ -61,9 +61,13 @@ def _story(url: str) -> None:
     body = {"prompt": _OPENINGS[0], "max_new_tokens": 120, "temperature": 0.7, "seed": 7}
     _say("a story, token by token:", f"curl -N {url} -H 'Content-Type: application/json' -d '{json.dumps(body)}'")
     print(body["prompt"], end="", flush=True)
+    told = False
     last: dict[str, Any] = {}
     for last in _stream(url, body):
-        print(last["text"], end="", flush=True)
+        # An answer's text starts without the space that parted it from the prompt.
+        begins_a_word = not told and last["text"][:1].isalnum()
+        print(" " * begins_a_word + last["text"], end="", flush=True)
+        told = True
     print()
     if "usage" not in last:
         raise EngineError(f"the stream ended early: {last}")
