@@ -25,10 +25,14 @@ def new_socket(kind: int, address: str, *, bind: bool) -> zmq.Socket[bytes]:
     socket = context.socket(kind)
     socket.set_hwm(0)
     socket.linger = 0
-    if bind:
-        socket.bind(address)
-    else:
-        socket.connect(address)
+    try:
+        if bind:
+            socket.bind(address)
+        else:
+            socket.connect(address)
+    except zmq.ZMQError:
+        socket.close()
+        raise
     return socket
 
 

@@ -196,10 +196,15 @@ class EngineClient:
 
     def _run(self) -> None:
         while not self._closing and self._failure is None:
-            group = RankGroup(self.config)
+            reason: EngineError | ConfigError | None
+            try:
+                group = RankGroup(self.config)
+            except Exception as e:  # no disk, no process, a path too long for a socket
+                logger.exception("launching the rank group")
+                self._after_failure(EngineError(f"the rank group could not be launched: {e}"))
+                continue
             with self._lock:
                 self._group = group
-            reason: EngineError | ConfigError | None
             try:
                 reason = self._serve(group)
             except Exception as e:  # the thread must outlive its mistakes, or every request would hang

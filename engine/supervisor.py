@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import msgspec
@@ -31,17 +30,20 @@ class RankGroup:
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        self.started_s = time.monotonic()
-        self.folder = Path(tempfile.mkdtemp(prefix="tpserve-"))  # mode 0700
-        (self.folder / "config.json").write_bytes(msgspec.json.encode(config))
-        self._replies = new_socket(zmq.PULL, f"ipc://{self.folder}/replies", bind=True)
-        self._events = new_socket(zmq.PUSH, f"ipc://{self.folder}/events", bind=False)
         self._ranks: set[int] = set()
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(Reply)
-        self._process = subprocess.Popen(
-            _command(config, self.folder), env=_environment(config), stdin=subprocess.DEVNULL, start_new_session=True
-        )
+        with contextlib.ExitStack() as undo:
+            self.folder = Path(tempfile.mkdtemp(prefix="tpserve-"))  # mode 0700
+            undo.callback(shutil.rmtree, self.folder, ignore_errors=True)
+            (self.folder / "config.json").write_bytes(msgspec.json.encode(config))
+            self._replies = new_socket(zmq.PULL, f"ipc://{self.folder}/replies", bind=True)
+            undo.callback(self._replies.close)
+            self._events = new_socket(zmq.PUSH, f"ipc://{self.folder}/events", bind=False)
+            undo.callback(self._events.close)
+            command, env = _command(config, self.folder), _environment(config)
+            self._process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, start_new_session=True)
+            self._cleanup = undo.pop_all()
 
     @property
     def pids(self) -> list[int]:
@@ -78,9 +80,7 @@ class RankGroup:
         """Kills every process of the group and removes its directory."""
         left = kill_all(self.pids)
         self._process.wait()
-        self._events.close()
-        self._replies.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._cleanup.close()
         assert not left, f"processes {left} survived SIGKILL"
 
 

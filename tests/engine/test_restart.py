@@ -67,6 +67,19 @@ def test_a_group_that_keeps_dying_is_given_up(tiny_config: EngineConfig) -> None
         client.close()
 
 
+def test_a_group_that_cannot_be_launched_is_given_up(
+    tiny_config: EngineConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deep = tmp_path / ("x" * 120)  # socket paths may have 107 characters
+    deep.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(deep))
+    client = EngineClient(msgspec.structs.replace(tiny_config, max_restarts=1))
+    with pytest.raises(EngineError, match="could not be launched"):
+        client.start()
+    assert client.num_restarts == 1
+    assert not list(deep.iterdir())
+
+
 def test_nothing_outlives_the_process_that_owns_the_client(tiny_config: EngineConfig, tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     config.write_bytes(msgspec.json.encode(tiny_config))
