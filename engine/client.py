@@ -29,9 +29,9 @@ from tpserve.engine.protocol import (
     Reply,
     Report,
     RequestOutput,
-    SamplingParams,
     Status,
 )
+from tpserve.engine.sampling_params import SamplingParams
 from tpserve.engine.requests import check_prompt
 from tpserve.engine.supervisor import RankGroup
 from tpserve.model.checkpoint import CheckpointError, CheckpointInfo

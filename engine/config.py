@@ -44,6 +44,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         gpu_memory_utilization: fraction of the device's memory that weights, activations and KV cache may fill.
         start_timeout_s: from launch to ready.
         step_timeout_s: without a heartbeat for so long, the group is taken for hung.
+        enable_prefix_caching: prompts share the KV blocks of what they have in common with earlier ones.
+        enable_chunked_prefill: long prompts are computed in pieces beside running streams; without it a prompt takes
+            one step, and max_num_batched_tokens must be at least max_seq_len.
+        async_scheduling: a step is planned while the device computes the one before.
+        num_speculative_tokens: tokens that are guessed from what the text said before (prompt lookup) and checked in
+            one step; 0: off. The tokens are the same with and without.
+        prompt_lookup_max, prompt_lookup_min: lengths of the last tokens that are looked up, longest first.
         checksum_interval: ranks compare their decisions every so many steps.
         max_restarts: relaunches within restart_window_s before the engine gives up.
         restart_window_s: see max_restarts.
@@ -63,6 +70,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     gpu_memory_utilization: float = 0.9
     start_timeout_s: float = 600.0
     step_timeout_s: float = 60.0
+    enable_prefix_caching: bool = True
+    enable_chunked_prefill: bool = True
+    async_scheduling: bool = True
+    num_speculative_tokens: int = 0
+    prompt_lookup_max: int = 4
+    prompt_lookup_min: int = 2
     checksum_interval: int = 64
     max_restarts: int = 3
     restart_window_s: float = 300.0
@@ -79,6 +92,18 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise ConfigError(
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
                 f"({self.max_num_seqs}): every running sequence decodes one token a step"
+            )
+        if not self.enable_chunked_prefill and self.max_num_batched_tokens < self.max_seq_len:
+            raise ConfigError(
+                f"without enable_chunked_prefill, max_num_batched_tokens ({self.max_num_batched_tokens}) must be at "
+                f"least max_seq_len ({self.max_seq_len}): a prompt is computed in one step"
+            )
+        if not 0 <= self.num_speculative_tokens <= 16:
+            raise ConfigError(f"num_speculative_tokens must be from 0 to 16, got {self.num_speculative_tokens}")
+        if not 1 <= self.prompt_lookup_min <= self.prompt_lookup_max:
+            raise ConfigError(
+                f"prompt_lookup_min ({self.prompt_lookup_min}) must be from 1 to prompt_lookup_max "
+                f"({self.prompt_lookup_max})"
             )
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(

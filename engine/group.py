@@ -19,7 +19,7 @@ from tpserve.engine.config import EngineConfig
 from tpserve.engine.core import CoreShape, EngineCore
 from tpserve.engine.errors import ConfigError
 from tpserve.engine.model_runner import ModelRunner
-from tpserve.engine.protocol import SamplingParams
+from tpserve.engine.sampling_params import SamplingParams
 from tpserve.engine.scheduler import ScheduledSequence
 from tpserve.engine.sequence import Sequence
 from tpserve.model.checkpoint import CheckpointError

@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from tpserve.engine.protocol import SamplingParams
+from tpserve.engine.sampling_params import SamplingParams
 from tpserve.engine.scheduler import ScheduledSequence
 from tpserve.model.attention import PagedAttention, SequenceSlice
 from tpserve.model.kv_cache import PagedKVCache

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from tpserve.engine import fields
 from tpserve.engine.errors import RequestError
-from tpserve.engine.protocol import SamplingParams
+from tpserve.engine.sampling_params import SamplingParams
 from tpserve.engine.text.chat import check_dialog, encode_dialog
 from tpserve.engine.text.tokenizer import Tokenizer
 

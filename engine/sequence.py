@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tpserve.engine.protocol import SamplingParams
+from tpserve.engine.sampling_params import SamplingParams
 
 
 class Sequence:

@@ -9,7 +9,7 @@ from typing import Any
 
 from tpserve.engine.config import EngineConfig, unknown_key
 from tpserve.engine.errors import ConfigError, RequestError
-from tpserve.engine.protocol import SamplingParams
+from tpserve.engine.sampling_params import SamplingParams
 from tpserve.handler.predictions import MODES, Defaults
 
 # The old example's names for what the engine calls otherwise.

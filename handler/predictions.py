@@ -10,7 +10,7 @@ from typing import Any
 
 from tpserve.engine import fields
 from tpserve.engine.errors import RequestError
-from tpserve.engine.protocol import SamplingParams
+from tpserve.engine.sampling_params import SamplingParams
 from tpserve.engine.requests import PROMPT_FIELDS, Prompt, read_dialog, read_prompt, sampling_params
 
 KNOWN_FIELDS = (*PROMPT_FIELDS, *fields.SAMPLING, "stream", "mode")

@@ -13,7 +13,7 @@ from tests.helpers.requests import Collected
 from tpserve.engine.client import EngineClient
 from tpserve.engine.config import EngineConfig
 from tpserve.engine.errors import ConfigError, OverloadedError, RequestError
-from tpserve.engine.protocol import SamplingParams
+from tpserve.engine.sampling_params import SamplingParams
 
 rng = random.Random(11)
 PROMPTS = [[rng.randrange(3, 200) for _ in range(rng.randrange(1, 90))] for _ in range(32)]

@@ -21,11 +21,11 @@ from tpserve.engine.protocol import (
     Reply,
     Report,
     RequestOutput,
-    SamplingParams,
     Status,
     StepMessage,
     Stop,
 )
+from tpserve.engine.sampling_params import SamplingParams
 
 EVENTS: list[Event] = [
     Add("a", [1, 2], SamplingParams(seed=2**64 - 1, stop_token_ids=(3,)), [7]),

@@ -17,7 +17,7 @@ from tpserve.engine.client import EngineClient
 from tpserve.engine.config import EngineConfig
 from tpserve.engine.errors import EngineError
 from tpserve.engine.process import descendants, is_running
-from tpserve.engine.protocol import SamplingParams
+from tpserve.engine.sampling_params import SamplingParams
 
 # Slow enough to be caught in the middle: about 200 steps.
 LONG = {"max_new_tokens": 200, "ignore_eos": True, "temperature": 0.9}

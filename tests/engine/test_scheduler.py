@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from tpserve.engine.block_pool import BlockPool
-from tpserve.engine.protocol import SamplingParams
+from tpserve.engine.sampling_params import SamplingParams
 from tpserve.engine.scheduler import ScheduledSequence, Scheduler
 from tpserve.engine.sequence import Sequence
 

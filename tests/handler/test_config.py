@@ -10,7 +10,7 @@ import yaml
 
 from tpserve.engine.config import EngineConfig
 from tpserve.engine.errors import ConfigError
-from tpserve.engine.protocol import SamplingParams
+from tpserve.engine.sampling_params import SamplingParams
 from tpserve.handler.config import HandlerConfig
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

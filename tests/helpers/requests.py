@@ -7,7 +7,8 @@ import threading
 from typing import Any
 
 from tpserve.engine.client import EngineClient
-from tpserve.engine.protocol import RequestOutput, SamplingParams
+from tpserve.engine.protocol import RequestOutput
+from tpserve.engine.sampling_params import SamplingParams
 
 _numbers = itertools.count()
 
