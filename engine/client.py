@@ -31,8 +31,8 @@ from tpserve.engine.protocol import (
     RequestOutput,
     Status,
 )
-from tpserve.engine.sampling_params import SamplingParams
 from tpserve.engine.requests import check_prompt
+from tpserve.engine.sampling_params import SamplingParams
 from tpserve.engine.supervisor import RankGroup
 from tpserve.model.checkpoint import CheckpointError, CheckpointInfo
 

@@ -25,8 +25,8 @@ from tpserve.engine.group import build_core, choose_device, process_group, socke
 from tpserve.engine.journal import Journal, digest
 from tpserve.engine.loop import follow, lead
 from tpserve.engine.offline import OfflineFrontend, error_result, read_jsonl
-from tpserve.engine.sampling_params import SamplingParams
 from tpserve.engine.requests import GenerateRequest, PromptEncoder, parse_request, sampling_params
+from tpserve.engine.sampling_params import SamplingParams
 from tpserve.engine.text.tokenizer import Tokenizer, TokenizerError
 from tpserve.model.checkpoint import CheckpointError, CheckpointInfo
 

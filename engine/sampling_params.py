@@ -159,5 +159,3 @@ _RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
 def _check(ok: bool, field: str, rule: str, value: object) -> None:
     if not ok:
         raise RequestError(f"{field} {rule}, got {value!r}", field=field)
-
-

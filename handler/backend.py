@@ -12,8 +12,8 @@ import msgspec
 
 from tpserve.engine.errors import EngineError, RequestError, TpserveError
 from tpserve.engine.protocol import Ready, RequestOutput, Status
-from tpserve.engine.sampling_params import SamplingParams
 from tpserve.engine.requests import PromptEncoder
+from tpserve.engine.sampling_params import SamplingParams
 from tpserve.engine.text.tokenizer import Tokenizer
 from tpserve.handler.open_request import Deferred, OpenRequest, Pending
 from tpserve.handler.predictions import Defaults, Prediction, parse_request

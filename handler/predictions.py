@@ -10,8 +10,8 @@ from typing import Any
 
 from tpserve.engine import fields
 from tpserve.engine.errors import RequestError
-from tpserve.engine.sampling_params import SamplingParams
 from tpserve.engine.requests import PROMPT_FIELDS, Prompt, read_dialog, read_prompt, sampling_params
+from tpserve.engine.sampling_params import SamplingParams
 
 KNOWN_FIELDS = (*PROMPT_FIELDS, *fields.SAMPLING, "stream", "mode")
 MODES = ("text_completion", "chat")

@@ -9,8 +9,8 @@ from typing import Any
 from tests.text.models import load, tiny_model
 from tpserve.engine.errors import RequestError
 from tpserve.engine.protocol import RankStatus, Ready, RequestOutput, Status
-from tpserve.engine.sampling_params import SamplingParams
 from tpserve.engine.requests import PromptEncoder
+from tpserve.engine.sampling_params import SamplingParams
 from tpserve.engine.text.tokenizer import Tokenizer
 from tpserve.handler.backend import Backend
 from tpserve.handler.predictions import Defaults

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from tests.handler.fakes import MAX_SEQ_LEN, tokenizer
 from tpserve.engine.errors import RequestError
-from tpserve.engine.sampling_params import SamplingParams
 from tpserve.engine.requests import PromptEncoder
+from tpserve.engine.sampling_params import SamplingParams
 from tpserve.handler.predictions import KNOWN_FIELDS, Defaults, Form, Prediction, parse_body, parse_request
 from tpserve.handler.replies import error_reply
 
