@@ -1,117 +1,173 @@
 """From logits to tokens, vectorised over the batch. A token is a function of (seed, position, logits) alone.
 
-Shape suffixes: N rows of the batch, V vocabulary.
+Probabilities are unnormalised integers ("weights"): 2**44 for a row's most probable token. Sums of integers do not
+depend on the order of summation, so that a row's token is the same alone and in any batch, on any number of threads,
+and under any algorithm that the device picks for a shape; a float's running sum on CUDA differs even from run to run.
+Below 2**-44 of the most probable token's probability a token is never drawn: over a vocabulary of 2**18 that is less
+than 2**-26 of the mass in all.
+
+Shape suffixes: N rows of the batch, V vocabulary, P vocabulary in whole blocks, C blocks, S tokens of a block,
+K candidates or reset ids, X V or K.
+
+Nothing here waits for the device: no shape depends on data.
 """
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 
-# Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011: multipliers and Weyl increments of Philox4x32.
-_MUL_0, _MUL_1 = 0xD2511F53, 0xCD9E8D57
-_WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
-_MASK = 0xFFFFFFFF
+from tpserve.model.logits import (
+    BadWords,
+    Penalties,
+    SamplingBatch,
+    SparseBias,
+    process_logits,
+    token_logprobs,
+    top_logprobs,
+)
+from tpserve.model.philox import DRAW, MASK_32, high_word, philox4x32
 
+__all__ = [
+    "BadWords",
+    "Penalties",
+    "SamplingBatch",
+    "SparseBias",
+    "next_top_p",
+    "process_logits",
+    "sample",
+    "token_logprobs",
+    "top_logprobs",
+    "uniform",
+]
 
-@dataclasses.dataclass(frozen=True)
-class SamplingBatch:
-    """The sampling parameters of a step's rows, on the device of the logits.
-
-    Attributes:
-        temperature_N: float32; 0 means greedy.
-        top_k_N: int64; the vocabulary's size means all.
-        top_p_N: float32; 1 means all.
-        seed_N: int64, the 64 bits of each request's seed.
-        position_N: int64, the position in its sequence of the token to be drawn.
-        any_random: whether any row has a temperature above 0.
-        any_filter: whether any random row has a top_k or top_p.
-    """
-
-    temperature_N: torch.Tensor
-    top_k_N: torch.Tensor
-    top_p_N: torch.Tensor
-    seed_N: torch.Tensor
-    position_N: torch.Tensor
-    any_random: bool
-    any_filter: bool
+_ONE = 2.0**44
+_MAX_VOCAB = 2**18  # the sum of so many weights is at most 2**62
+_BLOCK = 128
 
 
 def sample(logits_NV: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
-    """Draws one token a row.
+    """Draws one token a row: temperature, min_p, top_k, top_p on what is left, the draw.
 
     A random row is drawn by inverting the cumulative distribution in vocabulary order, not in order of probability:
     two nearly equal logits that change places under another summation order then do not change the token.
+    A logit of -inf is never drawn, except that a row of nothing else gives token 0.
 
     Args:
-        logits_NV: float32 logits.
+        logits_NV: float32 logits, from `process_logits`; at most 2**18 a row.
         batch: the rows' parameters.
 
     Returns:
-        int64 [N].
+        int64 [N]; greedy rows: the most probable token, of equals the lowest id.
     """
-    greedy_N = logits_NV.argmax(dim=-1)
+    vocab_size = logits_NV.shape[1]
+    assert vocab_size <= _MAX_VOCAB
+    max_N, greedy_N = logits_NV.max(dim=-1)
     if not batch.any_random:
         return greedy_N
-    random_N = batch.temperature_N > 0
-    scaled_NV = logits_NV / torch.where(random_N, batch.temperature_N, 1.0)[:, None]
+    logits_NP = torch.nn.functional.pad(logits_NV, (0, -vocab_size % _BLOCK), value=-torch.inf)
+    max_N1 = max_N[:, None].clamp(min=torch.finfo(torch.float32).min)  # -inf less -inf would be NaN
+    weight_NP = _weights(logits_NP, max_N1, batch)
     if batch.any_filter:
-        scaled_NV = _filter(scaled_NV, batch.top_k_N, batch.top_p_N)
-    # float64: in a vocabulary of 128k a float32 running sum is off by more than many a token's probability.
-    cumulative_NV = scaled_NV.double().softmax(dim=-1).cumsum(dim=-1)
-    target_N = uniform(batch.seed_N, batch.position_N) * cumulative_NV[:, -1]
-    drawn_N = torch.searchsorted(cumulative_NV, target_N[:, None], right=True).squeeze(-1)
-    drawn_N.clamp_(max=logits_NV.shape[-1] - 1)
-    return torch.where(random_N, drawn_N, greedy_N)
+        weight_NP.masked_fill_(_filtered(logits_NP, max_N1, batch, vocab_size), 0)
+    total_N = weight_NP.sum(dim=-1)
+    target_N = (uniform(batch.seed_N, batch.position_N) * total_N.double()).long()
+    target_N = torch.minimum(target_N, total_N - 1)  # the product may be rounded up; so it can never leave the row
+    drawn_N = _search(weight_NP, target_N).clamp_(0, vocab_size - 1)  # the clamp is for logits that are NaN
+    return torch.where(batch.temperature_N > 0, drawn_N, greedy_N)
 
 
-def _filter(logits_NV: torch.Tensor, top_k_N: torch.Tensor, top_p_N: torch.Tensor) -> torch.Tensor:
-    """Top-k, then top-p on what is left (Holtzman et al., 2020); the rest becomes -inf, the first never does."""
-    sorted_NV, order_NV = logits_NV.sort(dim=-1, descending=True, stable=True)
-    ranks_V = torch.arange(logits_NV.shape[-1], device=logits_NV.device)
-    sorted_NV.masked_fill_(ranks_V >= top_k_N[:, None], -torch.inf)
-    probs_NV = sorted_NV.softmax(dim=-1)
-    before_NV = probs_NV.cumsum(dim=-1) - probs_NV
-    drop_NV = (before_NV >= top_p_N[:, None]) & (top_p_N < 1.0)[:, None]
-    drop_NV[:, 0] = False
-    sorted_NV.masked_fill_(drop_NV, -torch.inf)
-    return torch.full_like(logits_NV, -torch.inf).scatter_(-1, order_NV, sorted_NV)
+def _weights(logits_NX: torch.Tensor, max_N1: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
+    """Probabilities relative to the row's highest, in units of 2**-44; 0 below min_p. int64 [N, X].
+
+    float32 is exact enough for a single probability (the logit's own rounding weighs more), though not for their sums.
+    Equal logits get equal weights wherever they stand: no step but exp is inexact beyond IEEE's rounding, and exp
+    is the same function in every lane, which a test makes sure of. For that reason min_p is compared with
+    probabilities: log(min_p) would be one more such function.
+    """
+    # The maximum is taken off before the division: a temperature near 0 then gives -inf, not inf - inf.
+    temperature_N1 = torch.where(batch.temperature_N > 0, batch.temperature_N, 1.0)[:, None]
+    relative_NX = (logits_NX - max_N1).div_(temperature_N1).exp_()
+    if batch.any_min_p:
+        relative_NX.masked_fill_(relative_NX < batch.min_p_N[:, None], 0.0)
+    return relative_NX.mul_(_ONE).long()
 
 
-def token_logprobs(logits_NV: torch.Tensor, tokens_N: torch.Tensor) -> torch.Tensor:
-    """Natural log-probability of each row's token under softmax of the unmodified logits; float32 [N]."""
-    return logits_NV.log_softmax(dim=-1).gather(-1, tokens_N[:, None]).squeeze(-1)
+def _filtered(logits_NP: torch.Tensor, max_N1: torch.Tensor, batch: SamplingBatch, vocab_size: int) -> torch.Tensor:
+    """What top-k, then top-p on what is left (Holtzman et al., 2020) leave out; bool [N, P].
+
+    A token is kept while those before it, in order of logit and then of id, have less than top_p of the mass; the
+    first always is. Only values are sorted: how many are kept gives the last kept logit and how many of those equal
+    to it.
+    """
+    if batch.max_top_k is None:
+        sorted_NK = logits_NP.sort(dim=-1, descending=True).values
+    else:
+        num_candidates = min(batch.max_top_k + -batch.max_top_k % _BLOCK, logits_NP.shape[1])
+        sorted_NK = logits_NP.topk(num_candidates, dim=-1).values
+    rank_K = torch.arange(sorted_NK.shape[1], device=logits_NP.device)
+    weight_NK = _weights(sorted_NK, max_N1, batch).masked_fill_(rank_K >= batch.top_k_N[:, None], 0)
+    total_N = weight_NK.sum(dim=-1)
+    limit_N = torch.minimum((batch.top_p_N * total_N.double()).ceil().long(), total_N)
+    last_N1 = _search(weight_NK, limit_N - 1).clamp_(max=rank_K.shape[0] - 1)[:, None]  # the clamp: see sample
+    last_logit_N1 = sorted_NK.gather(-1, last_N1)
+    num_equal_N = last_N1.squeeze(-1) + 1 - (sorted_NK > last_logit_N1).sum(dim=-1)
+    # A row without filters may keep more than the candidates.
+    unfiltered_N1 = ((batch.top_k_N >= vocab_size) & (batch.top_p_N >= 1.0))[:, None]
+    last_logit_N1.masked_fill_(unfiltered_N1, -torch.inf)
+    equal_NP = logits_NP == last_logit_N1
+    last_id_N = _search(equal_NP, num_equal_N - 1)
+    id_P = torch.arange(logits_NP.shape[1], device=logits_NP.device)
+    return (logits_NP < last_logit_N1).logical_or_(equal_NP.logical_and_(id_P > last_id_N[:, None]))
+
+
+def _search(weight_NP: torch.Tensor, target_N: torch.Tensor) -> torch.Tensor:
+    """The first place in each row whose running sum exceeds the target; int64 [N].
+
+    Sums of blocks come first, so that no running sum over the vocabulary is written.
+    """
+    weight_NCS = weight_NP.view(weight_NP.shape[0], -1, _BLOCK)
+    sum_NC = weight_NCS.sum(dim=-1).cumsum(dim=-1)
+    block_N1 = torch.searchsorted(sum_NC, target_N[:, None], right=True).clamp_(max=sum_NC.shape[1] - 1)
+    index_N1S = block_N1[:, :, None].expand(-1, -1, _BLOCK)
+    sum_NS = weight_NCS.gather(1, index_N1S).squeeze(1).cumsum(dim=-1)
+    before_N1 = sum_NC.gather(1, block_N1) - sum_NS[:, -1:]
+    place_N1 = torch.searchsorted(sum_NS, target_N[:, None] - before_N1, right=True)
+    return (block_N1 * _BLOCK + place_N1).squeeze(-1)
+
+
+def next_top_p(
+    top_p_N: torch.Tensor,
+    tokens_N: torch.Tensor,
+    first_N: torch.Tensor,
+    decay_N: torch.Tensor,
+    min_N: torch.Tensor,
+    reset_NK: torch.Tensor,
+) -> torch.Tensor:
+    """Each row's top_p after a token (Lee et al., "Factuality Enhanced Language Models", 2022).
+
+    One multiplication and a maximum in float64: a loop over a sequence's tokens in Python's floats gives the same
+    bits, which is how the state of a sequence is restored that lost its row.
+
+    Args:
+        top_p_N: float64, the value that the token was drawn with.
+        tokens_N: int64, the token.
+        first_N: float64, the request's top_p.
+        decay_N: float64; 1: none.
+        min_N: float64, decay ends there.
+        reset_NK: ids after which top_p is the request's again; -1 fills the row.
+
+    Returns:
+        float64 [N].
+    """
+    reset_N = (tokens_N[:, None] == reset_NK).any(dim=-1)
+    return torch.where(reset_N, first_N, torch.maximum(top_p_N * decay_N, min_N))
 
 
 def uniform(seed_N: torch.Tensor, position_N: torch.Tensor) -> torch.Tensor:
     """A number in [0, 1) for each (seed, position), 53 random bits; float64 [N]."""
     zero = torch.zeros_like(seed_N)
-    words = philox4x32((position_N & _MASK, _high(position_N), zero, zero), (seed_N & _MASK, _high(seed_N)))
+    words = philox4x32(
+        (position_N & MASK_32, high_word(position_N), zero, zero + DRAW), (seed_N & MASK_32, high_word(seed_N))
+    )
     mantissa = ((words[0] >> 5) << 26) | (words[1] >> 6)
     return mantissa.double() * 2.0**-53
-
-
-Words2 = tuple[torch.Tensor, torch.Tensor]
-Words4 = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-
-
-def philox4x32(counter: Words4, key: Words2, rounds: int = 10) -> Words4:
-    """The Philox4x32 bijection (Salmon et al., SC 2011, figure 2); every tensor is int64 with values below 2**32."""
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(rounds):
-        product0, product1 = c0 * _MUL_0, c2 * _MUL_1  # wraps beyond 2**63; the 64 bits are still right
-        c0, c1, c2, c3 = (
-            _high(product1) ^ c1 ^ k0,
-            product1 & _MASK,
-            _high(product0) ^ c3 ^ k1,
-            product0 & _MASK,
-        )
-        k0, k1 = (k0 + _WEYL_0) & _MASK, (k1 + _WEYL_1) & _MASK
-    return c0, c1, c2, c3
-
-
-def _high(x: torch.Tensor) -> torch.Tensor:
-    """The upper 32 bits of an int64, as an unsigned number (>> keeps the sign, the mask drops it)."""
-    return (x >> 32) & _MASK
