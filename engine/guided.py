@@ -117,8 +117,9 @@ class Matcher:
             what = _DROPPED_SPACE
         else:
             library_id = self._vocabulary.aliases.get(token_id, token_id) if self._at_start else token_id
-            if self._inner.try_consume_tokens([library_id]) != 1:
-                return False
+            # What the mask allows is taken, or breaks the library's limits: then it counts too, and `error` says why.
+            taken = self._inner.try_consume_tokens([library_id])
+            assert taken == 1 or self._inner.is_error(), f"token {token_id} is in the mask but was refused"
         self._history.append(what)
         self._cached_mask = None
         return True

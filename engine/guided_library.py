@@ -176,6 +176,8 @@ def reason(message: str) -> str:
     """The library's message without where in our Lark text it was and without the text."""
     if message.startswith("NoExtensionBias"):
         return "no text of the model's vocabulary fits"
+    if re.search(r"lexer precomputation|too many|Too many|items; max is|too (large|complex)|limit", message):
+        return "it is too complex"  # the library would advise on limits that are not the user's
     message = re.sub(r"^at \d+\(\d+\): ", "", message.split("\n   1 | ")[0].split("\n<")[0])
     message = re.sub(r"^invalid regex .*(\(in regex\): (regex parse error:.*\nerror: )?)", "invalid regex: ", message,
                      flags=re.DOTALL)  # fmt: skip

@@ -93,9 +93,10 @@ def test_torchserve_is_known_to_one_file() -> None:
 
 
 def test_the_users_process_does_not_load_torch() -> None:
+    users = ("client", "config", "guided")
     modules = [
         "tpserve." + str(p.relative_to(ROOT).with_suffix("")).replace("/", ".")
-        for p in [*_files("handler"), *_files("engine/text"), ROOT / "engine/client.py", ROOT / "engine/config.py"]
+        for p in [*_files("handler"), *_files("engine/text"), *(ROOT / f"engine/{n}.py" for n in users)]
         if p.name != "__init__.py"
     ]
     code = f"import sys, {', '.join(modules)}; sys.exit('torch' in sys.modules)"
