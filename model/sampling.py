@@ -7,7 +7,7 @@ Below 2**-44 of the most probable token's probability a token is never drawn: ov
 than 2**-26 of the mass in all.
 
 Shape suffixes: N rows of the batch, V vocabulary, P vocabulary in whole blocks, C blocks, S tokens of a block,
-K candidates or reset ids, X V or K.
+K candidates or reset ids, X any of those, R rounds.
 
 Nothing here waits for the device: no shape depends on data.
 """
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import torch
 
+from tpserve.model import philox
 from tpserve.model.logits import (
     BadWords,
     Penalties,
@@ -25,7 +26,6 @@ from tpserve.model.logits import (
     token_logprobs,
     top_logprobs,
 )
-from tpserve.model.philox import DRAW, MASK_32, high_word, philox4x32
 
 __all__ = [
     "BadWords",
@@ -33,6 +33,7 @@ __all__ = [
     "SamplingBatch",
     "SparseBias",
     "next_top_p",
+    "philox4x32",
     "process_logits",
     "sample",
     "token_logprobs",
@@ -165,9 +166,37 @@ def next_top_p(
 
 def uniform(seed_N: torch.Tensor, position_N: torch.Tensor) -> torch.Tensor:
     """A number in [0, 1) for each (seed, position), 53 random bits; float64 [N]."""
-    zero = torch.zeros_like(seed_N)
-    words = philox4x32(
-        (position_N & MASK_32, high_word(position_N), zero, zero + DRAW), (seed_N & MASK_32, high_word(seed_N))
+    zero_N = torch.zeros_like(seed_N)
+    even_2N, odd_2N = philox4x32(
+        torch.stack((position_N, zero_N)),
+        torch.stack((position_N >> 32, zero_N + philox.DRAW)),
+        torch.stack((seed_N, seed_N >> 32)),
     )
-    mantissa = ((words[0] >> 5) << 26) | (words[1] >> 6)
-    return mantissa.double() * 2.0**-53
+    mantissa_N = ((even_2N[0] >> 5) << 26) | (odd_2N[0] >> 6)
+    return mantissa_N.double() * 2.0**-53
+
+
+def philox4x32(even_2N: torch.Tensor, odd_2N: torch.Tensor, key_2N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Philox4x32-10 for tensors, as `philox.philox4x32` has it for integers.
+
+    Six operations a round: on a GPU their launches are most of what a draw costs.
+
+    Args:
+        even_2N: int64, words 0 and 2 of the counters; only the lower 32 bits count, here and below.
+        odd_2N: words 1 and 3.
+        key_2N: words 0 and 1 of the keys.
+
+    Returns:
+        (words 0 and 2, words 1 and 3), from 0 to 2**32 - 1.
+    """
+    second_21 = torch.arange(2, device=key_2N.device)[:, None]  # not torch.tensor, which waits for the device
+    multiplier_21 = philox.MUL_0 + second_21 * (philox.MUL_1 - philox.MUL_0)
+    weyl_21 = philox.WEYL_0 + second_21 * (philox.WEYL_1 - philox.WEYL_0)
+    round_R11 = torch.arange(philox.NUM_ROUNDS, device=key_2N.device)[:, None, None]
+    even_2N = even_2N & philox.MASK_32
+    for round_key_2N in (key_2N + round_R11 * weyl_21).unbind():
+        # A product may wrap beyond 2**63, and >> keeps its sign; the 64 bits are still right, and so are these 32.
+        product_2N = (even_2N * multiplier_21).flip(0)
+        even_2N = (product_2N >> 32).bitwise_xor_(odd_2N).bitwise_xor_(round_key_2N).bitwise_and_(philox.MASK_32)
+        odd_2N = product_2N
+    return even_2N, odd_2N & philox.MASK_32

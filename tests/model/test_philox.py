@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from tpserve.model import sampling
 from tpserve.model.philox import choice_seed, philox4x32
 
 # Random123's known-answer vectors for philox4x32-10: counter, key, output.
@@ -19,8 +22,19 @@ VECTORS = [
 def test_philox_vectors(counter: str, key: str, output: str) -> None:
     c, k, o = ([int(w, 16) for w in words.split()] for words in (counter, key, output))
     assert philox4x32((c[0], c[1], c[2], c[3]), (k[0], k[1])) == tuple(o)
-    d, j = ([torch.tensor([w]) for w in words] for words in (c, k))
-    assert [w.item() for w in philox4x32((d[0], d[1], d[2], d[3]), (j[0], j[1]))] == o
+    even, odd = sampling.philox4x32(*(torch.tensor(words)[:, None] for words in (c[::2], c[1::2], k)))
+    assert even.flatten().tolist() == o[::2]
+    assert odd.flatten().tolist() == o[1::2]
+
+
+@given(st.lists(st.tuples(st.integers(0, 2**64 - 1), st.integers(0, 2**40)), min_size=1, max_size=9))
+def test_tensors_are_drawn_like_integers(pairs: list[tuple[int, int]]) -> None:
+    seeds = torch.tensor([seed - 2**64 if seed >= 2**63 else seed for seed, _ in pairs])
+    expected = []
+    for seed, position in pairs:
+        words = philox4x32((position & 0xFFFFFFFF, position >> 32, 0, 0), (seed & 0xFFFFFFFF, seed >> 32))
+        expected.append(((words[0] >> 5) * 2**26 + (words[1] >> 6)) / 2**53)
+    assert sampling.uniform(seeds, torch.tensor([position for _, position in pairs])).tolist() == expected
 
 
 def test_choices_have_seeds_of_their_own() -> None:
@@ -30,8 +44,11 @@ def test_choices_have_seeds_of_their_own() -> None:
     assert len(set(derived)) == len(pairs) == 10_000
     assert all(0 <= seed < 2**64 for seed in derived)
     assert [derived[i] for i, (_, index) in enumerate(pairs) if index == 0] == seeds
-    low, high, zero = (torch.tensor(x) for x in ([s & 0xFFFFFFFF for s, _ in pairs], [s >> 32 for s, _ in pairs], 0))
     index = torch.tensor([index for _, index in pairs])
-    words = philox4x32((index, zero, zero, zero + 1), (low, high))
-    expected = [a | b << 32 for a, b in zip(words[0].tolist(), words[1].tolist(), strict=True)]
+    even, odd = sampling.philox4x32(
+        torch.stack((index, index * 0)),
+        torch.stack((index * 0, index * 0 + 1)),
+        torch.tensor([[seed & 0xFFFFFFFF for seed, _ in pairs], [seed >> 32 for seed, _ in pairs]]),
+    )
+    expected = [low | high << 32 for low, high in zip(even[0].tolist(), odd[0].tolist(), strict=True)]
     assert all(d == e for d, e, (_, i) in zip(derived, expected, pairs, strict=True) if i)

@@ -157,6 +157,17 @@ def test_top_k_keeps_the_lower_ids_of_equals(bounded: bool) -> None:
 def test_top_p_keeps_the_lower_ids_of_equals() -> None:
     rows = [Row(seed=i, top_p=0.5) for i in range(500)]
     assert set(sample(torch.zeros(500, 8), make_batch(rows, 8)).tolist()) == {0, 1, 2, 3}
+    rows = [Row(seed=i, top_p=0.5 + 2**-47) for i in range(500)]
+    assert set(sample(torch.zeros(500, 2), make_batch(rows, 2)).tolist()) == {0, 1}
+
+
+def test_candidates_bound_only_rows_with_filters() -> None:
+    rows = [Row(seed=i, top_k=0 if i else 3) for i in range(500)]
+    batch = make_batch(rows, 1000, bounded=True)
+    assert batch.max_top_k == 3
+    tokens = sample(torch.zeros(500, 1000), batch)
+    assert tokens[0] < 3
+    assert tokens.max() > 900
 
 
 def test_top_p_is_of_what_top_k_leaves() -> None:
@@ -213,13 +224,14 @@ def test_extremes_draw_only_what_is_allowed(row: Row) -> None:
     assert set(tokens[1:]) == {149}
 
 
-def test_nan_stays_inside_the_vocabulary() -> None:
-    logits = torch.full((2, V), torch.nan)
+@pytest.mark.parametrize("vocab_size", [1, 3, V])
+def test_nan_stays_inside_the_vocabulary(vocab_size: int) -> None:
+    logits = torch.full((2, vocab_size), torch.nan)
     logits[1] = 0.0
     for rows in ([Row()] * 2, [Row(top_k=4)] * 2, [Row(top_p=0.5, min_p=0.1)] * 2):
-        together = sample(logits, make_batch(rows))
-        assert 0 <= together.min() <= together.max() < V
-        assert together[1] == sample(logits[1:], make_batch(rows[1:]))[0]
+        together = sample(logits, make_batch(rows, vocab_size))
+        assert 0 <= together.min() <= together.max() < vocab_size
+        assert together[1] == sample(logits[1:], make_batch(rows[1:], vocab_size))[0]
 
 
 def test_nearly_equal_logits_that_change_places_keep_the_token() -> None:
