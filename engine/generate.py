@@ -1,7 +1,8 @@
 """Offline batches: `torchrun --nproc-per-node N -m tpserve.engine.generate --checkpoint DIR --prompts F --out F`.
 
 Every line of the input has `prompt`, `prompt_token_ids` or `dialog`, and any sampling field; the output has a line for
-each, in the same order: `text, ids, finish_reason, usage`, `logprobs` when asked for, or `error`.
+each, in the same order: `text, ids, finish_reason, usage` and what else was asked for (with `n` above 1, a list of such
+`choices`), or `error`.
 """
 
 from __future__ import annotations
@@ -18,14 +19,16 @@ import fire
 import msgspec
 
 from tpserve.engine.channel import FollowerChannel, LeaderChannel
-from tpserve.engine.config import EngineConfig
+from tpserve.engine.config import EngineConfig, unknown_key
 from tpserve.engine.core import EngineCore
 from tpserve.engine.errors import ConfigError, RequestError
 from tpserve.engine.group import build_core, choose_device, process_group, socket_folder
 from tpserve.engine.journal import Journal, digest
+from tpserve.engine.limits import check_room, check_sequences, check_vocabulary
 from tpserve.engine.loop import follow, lead
 from tpserve.engine.offline import OfflineFrontend, error_result, read_jsonl
-from tpserve.engine.requests import GenerateRequest, PromptEncoder, parse_request, sampling_params
+from tpserve.engine.requests import GenerateRequest, RequestReader
+from tpserve.engine.sampling_fields import ALIASES, SAMPLING_FIELDS, Vocabulary, sampling_params
 from tpserve.engine.sampling_params import SamplingParams
 from tpserve.engine.text.tokenizer import Tokenizer, TokenizerError
 from tpserve.model.checkpoint import CheckpointError, CheckpointInfo
@@ -45,6 +48,30 @@ class Job:
     out: Path
     defaults: SamplingParams
     config: EngineConfig
+
+
+def read_job(checkpoint: str, prompts: str, out: str, options: dict[str, Any]) -> Job:
+    """The command's arguments, checked; see `generate`.
+
+    Raises:
+        ConfigError, RequestError: an option that nobody knows, or that holds what it may not.
+        CheckpointError, TokenizerError: there is no checkpoint in that folder.
+    """
+    engine: dict[str, Any] = {"tensor_parallel_size": int(os.environ.get("WORLD_SIZE", "1"))}
+    sampling: dict[str, Any] = {}
+    known = (*SAMPLING_FIELDS, *EngineConfig.field_names())
+    for name, value in options.items():
+        if name in EngineConfig.field_names():
+            engine[name] = value
+        elif name in SAMPLING_FIELDS or name in ALIASES:
+            sampling[name] = list(value) if isinstance(value, tuple) else value  # fire reads `5,6` as a tuple
+        else:
+            raise ConfigError(unknown_key(name, known))
+    config = EngineConfig.from_dict({"checkpoint_dir": checkpoint, **engine})
+    folder = Path(checkpoint)
+    vocabulary = Vocabulary(Tokenizer.from_checkpoint(folder), CheckpointInfo.read(folder).args.vocab_size)
+    given = {name: value for name, value in sampling.items() if value is not None}
+    return Job(Path(prompts), Path(out), sampling_params(given, SamplingParams(), vocabulary), config)
 
 
 def run_batch(job: Job) -> int:
@@ -67,7 +94,7 @@ def _lead_batch(job: Job, core: EngineCore, channel: LeaderChannel) -> int:
     checkpoint = Path(job.config.checkpoint_dir)
     info = CheckpointInfo.read(checkpoint)
     tokenizer = Tokenizer.from_checkpoint(checkpoint)
-    encoder = PromptEncoder(tokenizer, info.args.vocab_size, core.shape.max_seq_len)
+    reader = RequestReader(tokenizer, info.args.vocab_size, core.shape.max_seq_len)
     lines = read_jsonl(job.prompts)
     defaults = msgspec.to_builtins(job.defaults)
     settings = [dataclasses.asdict(info), str(checkpoint.resolve()), defaults, core.shape.max_seq_len]
@@ -80,7 +107,17 @@ def _lead_batch(job: Job, core: EngineCore, channel: LeaderChannel) -> int:
             if index in journal.results:
                 continue
             try:
-                requests.append((index, _request(line, encoder, job.defaults)))
+                request = _request(line, reader, job.defaults)
+                check_vocabulary(request.params, info.args.vocab_size)
+                check_sequences(request.params, job.config.max_num_seqs)
+                check_room(
+                    len(request.prompt_token_ids),
+                    request.params,
+                    core.shape.max_seq_len,
+                    core.shape.num_blocks,
+                    job.config.block_size,
+                )
+                requests.append((index, request))
             except RequestError as e:
                 journal.add(index, error_result(e))
         frontend = OfflineFrontend(requests, tokenizer, 2 * job.config.max_num_seqs, journal.add)
@@ -90,29 +127,17 @@ def _lead_batch(job: Job, core: EngineCore, channel: LeaderChannel) -> int:
         return sum("error" in result for result in journal.results.values())
 
 
-def _request(line: Any, encoder: PromptEncoder, defaults: SamplingParams) -> GenerateRequest:
+def _request(line: Any, reader: RequestReader, defaults: SamplingParams) -> GenerateRequest:
     if isinstance(line, RequestError):
         raise line
-    request = parse_request(line, encoder, defaults)
+    request = reader.read(line, defaults)
     if request.params.seed is None:
         params = msgspec.structs.replace(request.params, seed=secrets.randbits(64))
         request = dataclasses.replace(request, params=params)
     return request
 
 
-def generate(
-    checkpoint: str,
-    prompts: str,
-    out: str,
-    max_new_tokens: int = 128,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    seed: int | None = None,
-    logprobs: bool = False,
-    ignore_eos: bool = False,
-    **engine: Any,
-) -> None:
+def generate(checkpoint: str, prompts: str, out: str, **options: Any) -> None:
     """Generates for every line of a JSONL file.
 
     Args:
@@ -120,24 +145,13 @@ def generate(
         prompts: JSONL in: `prompt`, `prompt_token_ids` or `dialog`, and any sampling field.
         out: JSONL out, in the same order. While it runs, finished lines are kept in `<out>.partial`; the same
             command after an interruption goes on from there.
-        max_new_tokens, temperature, top_p, top_k, seed, logprobs, ignore_eos: for lines that do not say.
-        engine: any key of the engine's configuration (max_seq_len, max_num_seqs, dtype, device, …).
+        options: any sampling field (max_new_tokens, temperature, n, stop, …), for lines that do not say, and any key
+            of the engine's configuration (max_seq_len, max_num_seqs, dtype, device, …).
     """
     logging.basicConfig(level=logging.WARNING)
     try:
-        tp_size = int(os.environ.get("WORLD_SIZE", "1"))
-        config = EngineConfig.from_dict({"checkpoint_dir": checkpoint, "tensor_parallel_size": tp_size, **engine})
-        given = {
-            "max_new_tokens": max_new_tokens,
-            "temperature": temperature,
-            "top_p": top_p,
-            "top_k": top_k,
-            "seed": seed,
-            "logprobs": logprobs,
-            "ignore_eos": ignore_eos,
-        }
-        defaults = sampling_params({k: v for k, v in given.items() if v is not None}, SamplingParams())
-        failed = run_batch(Job(Path(prompts), Path(out), defaults, config))
+        job = read_job(checkpoint, prompts, out, options)
+        failed = run_batch(job)
     except (ConfigError, CheckpointError, TokenizerError, RequestError, FileNotFoundError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)

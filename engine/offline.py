@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import Any
 
 from tqdm import tqdm
 
+from tpserve.engine.completion import Completion
 from tpserve.engine.errors import RequestError
-from tpserve.engine.protocol import Add, Event, Reply, RequestOutput, Stop
+from tpserve.engine.protocol import Add, Cancel, Event, Outputs, Reply, Stop
 from tpserve.engine.requests import GenerateRequest
+from tpserve.engine.results import whole
 from tpserve.engine.text.tokenizer import Tokenizer
 
 
@@ -60,29 +63,31 @@ class OfflineFrontend:
         self._tokenizer = tokenizer
         self._in_flight = in_flight
         self._on_result = on_result
-        self._running: dict[str, tuple[GenerateRequest, list[int], list[float]]] = {}
+        self._running: dict[str, Completion] = {}
+        self._deadlines_s: dict[str, float] = {}
+        self._cancelled: list[Event] = []
         self._bar = tqdm(total=len(requests), unit="request", dynamic_ncols=True)
         self._tokens = 0
 
     def receive(self, timeout_s: float) -> list[Event]:
         """The next requests; `Stop` after the last one's end."""
-        events: list[Event] = []
+        if self._deadlines_s:
+            self._expire()
+        events, self._cancelled = self._cancelled, []
         while self._waiting and len(self._running) < self._in_flight:
-            index, request = self._waiting.popleft()
-            self._running[str(index)] = (request, [], [])
-            events.append(Add(str(index), request.prompt_token_ids, request.params))
-        return events if self._running else [Stop()]
+            events.append(self._start(*self._waiting.popleft()))
+        return events if self._running else [*events, Stop()]
 
-    def send_outputs(self, outputs: list[RequestOutput]) -> None:
+    def send_outputs(self, outputs: Outputs) -> None:
         """Collects tokens; hands over what is finished."""
-        for output in outputs:
-            request, ids, logprobs = self._running[output.request_id]
-            ids += output.token_ids
-            logprobs += output.logprobs or []
+        for output in outputs.outputs:
+            completion = self._running.get(output.request_id)
+            if completion is None:  # ended here, and the engine has not heard of it yet
+                continue
+            completion.add(output)
             self._tokens += len(output.token_ids)
-            if output.finish_reason is not None:
-                del self._running[output.request_id]
-                self._finish(int(output.request_id), request, ids, logprobs, output.finish_reason)
+            if completion.finished:
+                self._finish(output.request_id)
         elapsed_s = self._bar.format_dict["elapsed"]
         self._bar.set_postfix_str(f"{self._tokens / max(elapsed_s, 1e-9):.0f} tokens/s", refresh=False)
         self._bar.update(0)
@@ -94,21 +99,33 @@ class OfflineFrontend:
         """Ends the progress bar."""
         self._bar.close()
 
-    def _finish(
-        self, index: int, request: GenerateRequest, ids: list[int], logprobs: list[float], finish_reason: str
-    ) -> None:
-        n_prompt = len(request.prompt_token_ids)
-        result: dict[str, Any] = {
-            "text": None if self._tokenizer is None else self._tokenizer.decode(ids),
-            "ids": ids,
-            "finish_reason": finish_reason,
-            "usage": {
-                "prompt_tokens": n_prompt,
-                "completion_tokens": len(ids),
-                "total_tokens": n_prompt + len(ids),
-            },
-        }
-        if request.params.logprobs:
-            result["logprobs"] = logprobs
-        self._on_result(index, result)
+    def _start(self, index: int, request: GenerateRequest) -> Add:
+        request_id = str(index)
+        completion = Completion(
+            request.prompt_token_ids,
+            request.params,
+            self._tokenizer,
+            request.prompt_text,
+            lambda choice: self._cancelled.append(Cancel(request_id, choice)),
+        )
+        self._running[request_id] = completion
+        if request.timeout_s is not None:
+            self._deadlines_s[request_id] = time.monotonic() + request.timeout_s
+        return Add(request_id, request.prompt_token_ids, completion.params, priority=request.priority)
+
+    def _expire(self) -> None:
+        now_s = time.monotonic()
+        for request_id in [name for name, deadline_s in self._deadlines_s.items() if deadline_s <= now_s]:
+            self._cancelled.append(Cancel(request_id))
+            self._running[request_id].end("timeout")
+            self._finish(request_id)
+
+    def _finish(self, request_id: str) -> None:
+        completion = self._running.pop(request_id)
+        self._deadlines_s.pop(request_id, None)
+        result = whole(completion)
+        if self._tokenizer is None:
+            for answer in result.get("choices", [result]):
+                answer["text"] = None
+        self._on_result(int(request_id), result)
         self._bar.update(1)

@@ -8,11 +8,16 @@ from typing import Any, cast
 
 from tpserve.engine import fields
 from tpserve.engine.errors import RequestError
+from tpserve.engine.guided import Grammars
+from tpserve.engine.limits import check_prompt, too_long
+from tpserve.engine.sampling_fields import ALIASES, SAMPLING_FIELDS, Vocabulary, sampling_params
 from tpserve.engine.sampling_params import SamplingParams
 from tpserve.engine.text.chat import check_dialog, encode_dialog
 from tpserve.engine.text.tokenizer import Tokenizer
 
 PROMPT_FIELDS = ("prompt", "prompt_token_ids", "dialog")
+URGENCY_FIELDS = ("priority", "timeout_s")
+KNOWN_FIELDS = (*PROMPT_FIELDS, *SAMPLING_FIELDS, *URGENCY_FIELDS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,24 +34,47 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True)
 class GenerateRequest:
-    """What to generate from, and how."""
+    """What to generate from, and how.
+
+    Attributes:
+        prompt_text: the prompt as it was written, if it was text.
+        priority: lower ones go first.
+        timeout_s: from submission to the end; None: as long as it takes.
+    """
 
     prompt_token_ids: list[int]
     params: SamplingParams
+    prompt_text: str | None = None
+    priority: int = 0
+    timeout_s: float | None = None
 
 
-def parse_request(given: Mapping[str, Any], encoder: PromptEncoder, defaults: SamplingParams) -> GenerateRequest:
-    """Reads an object with one of `PROMPT_FIELDS` and any of `fields.SAMPLING`.
+def check_names(given: Mapping[Any, Any], known: tuple[str, ...]) -> None:
+    """Refuses fields that nobody reads.
+
+    Raises:
+        RequestError: names the nearest one that somebody does.
+    """
+    for name in given:
+        if name not in known and name not in ALIASES:
+            raise fields.unknown_field(str(name), known)
+
+
+def read_urgency(given: Mapping[str, Any]) -> tuple[int, float | None]:
+    """`priority` and `timeout_s` of an object without nulls.
 
     Raises:
         RequestError: names the field.
     """
-    known = (*PROMPT_FIELDS, *fields.SAMPLING)
-    for name in given:
-        if name not in known:
-            raise fields.unknown_field(name, known)
-    given = {name: value for name, value in given.items() if value is not None}
-    return GenerateRequest(encoder.encode(read_prompt(given)), sampling_params(given, defaults))
+    priority = fields.integer("priority", given.get("priority", 0))
+    if not -(2**31) <= priority < 2**31:
+        raise RequestError(f"priority must be from -2**31 to 2**31 - 1, got {priority}", field="priority")
+    if "timeout_s" not in given:
+        return priority, None
+    timeout_s = fields.number("timeout_s", given["timeout_s"])
+    if timeout_s <= 0:
+        raise RequestError(f"timeout_s must be positive, got {timeout_s:g}", field="timeout_s")
+    return priority, timeout_s
 
 
 def read_prompt(given: Mapping[str, Any], wanted: str = "prompt") -> Prompt:
@@ -90,24 +118,8 @@ def read_dialog(dialog: Any, field: str) -> list[tuple[str, str]]:
     return messages
 
 
-def sampling_params(
-    given: Mapping[str, Any], defaults: SamplingParams, max_new_tokens_cap: int | None = None
-) -> SamplingParams:
-    """The sampling fields of an object without nulls, over `defaults`; checked.
-
-    Raises:
-        RequestError: names the field.
-    """
-    values = {name: check(name, given[name]) for name, check in fields.SAMPLING.items() if name in given}
-    if max_new_tokens_cap is not None and "max_new_tokens" in values:
-        values["max_new_tokens"] = min(values["max_new_tokens"], max_new_tokens_cap)
-    params = SamplingParams(**({name: getattr(defaults, name) for name in fields.SAMPLING} | values))
-    params.validate()
-    return params
-
-
-class PromptEncoder:
-    """Encodes prompts and refuses those that the context cannot hold.
+class RequestReader:
+    """Reads requests for one model, and refuses what it cannot serve.
 
     Args:
         tokenizer: None: only token ids are served.
@@ -116,9 +128,36 @@ class PromptEncoder:
     """
 
     def __init__(self, tokenizer: Tokenizer | None, vocab_size: int, max_seq_len: int) -> None:
-        self._tokenizer = tokenizer
-        self._vocab_size = vocab_size
+        self._vocabulary = Vocabulary(tokenizer, vocab_size)
         self._max_seq_len = max_seq_len
+        self._grammars: Grammars | None = None
+
+    def read(self, given: Mapping[str, Any], defaults: SamplingParams) -> GenerateRequest:
+        """Reads an object of any of `KNOWN_FIELDS`, one of `PROMPT_FIELDS` among them, or their `ALIASES`.
+
+        Raises:
+            RequestError: names the field.
+        """
+        check_names(given, KNOWN_FIELDS)
+        given = {name: value for name, value in given.items() if value is not None}
+        prompt = read_prompt(given)
+        priority, timeout_s = read_urgency(given)
+        params = self.params(given, defaults)
+        text = prompt.value if isinstance(prompt.value, str) else None
+        return GenerateRequest(self.encode(prompt), params, text, priority, timeout_s)
+
+    def params(
+        self, given: Mapping[str, Any], defaults: SamplingParams, max_new_tokens_cap: int | None = None
+    ) -> SamplingParams:
+        """See `sampling_params`; grammars are checked, too.
+
+        Raises:
+            RequestError: names the field.
+        """
+        params = sampling_params(given, defaults, self._vocabulary, max_new_tokens_cap)
+        if params.guided is not None:
+            self._check_grammar(params)
+        return params
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of one prompt.
@@ -126,44 +165,33 @@ class PromptEncoder:
         Raises:
             RequestError: names the prompt's field, with the tokens it has and those the context holds.
         """
+        tokenizer, vocab_size = self._vocabulary.tokenizer, self._vocabulary.size
+        assert vocab_size is not None
         if prompt.field == "prompt_token_ids":
             ids = cast(list[int], prompt.value)
-        elif self._tokenizer is None:
+        elif tokenizer is None:
             raise RequestError("this model has no tokenizer: send prompt_token_ids instead of text", field=prompt.field)
         elif isinstance(prompt.value, str):
-            self._check_chars(prompt.field, len(prompt.value))
-            ids = self._tokenizer.encode(prompt.value, bos=True, eos=False)
+            self._check_chars(tokenizer, prompt.field, len(prompt.value))
+            ids = tokenizer.encode(prompt.value, bos=True, eos=False)
         else:
             messages = cast(list[tuple[str, str]], prompt.value)
-            self._check_chars(prompt.field, sum(len(content.strip()) for _, content in messages))
-            ids = encode_dialog(self._tokenizer, messages)
-        check_prompt(ids, self._max_seq_len, self._vocab_size, prompt.field)
+            self._check_chars(tokenizer, prompt.field, sum(len(content.strip()) for _, content in messages))
+            ids = encode_dialog(tokenizer, messages)
+        check_prompt(ids, self._max_seq_len, vocab_size, prompt.field)
         return ids
 
-    def _check_chars(self, field: str, num_chars: int) -> None:
+    def _check_chars(self, tokenizer: Tokenizer, field: str, num_chars: int) -> None:
         # Encoding megabytes takes seconds, during which every other stream would stand still.
-        assert self._tokenizer is not None
-        at_least = num_chars // self._tokenizer.max_piece_chars
+        at_least = num_chars // tokenizer.max_piece_chars
         if at_least >= self._max_seq_len:
-            raise _too_long(field, f"at least {at_least}", self._max_seq_len)
+            raise too_long(field, f"at least {at_least}", self._max_seq_len)
 
-
-def check_prompt(token_ids: list[int], max_seq_len: int, vocab_size: int, field: str = "prompt_token_ids") -> None:
-    """Whether the engine can hold a prompt and make at least one token.
-
-    Raises:
-        RequestError: it is empty, too long, or holds ids that the vocabulary lacks; gives both numbers.
-    """
-    if not token_ids:
-        raise RequestError(f"{field} is empty", field=field)
-    if len(token_ids) >= max_seq_len:
-        raise _too_long(field, str(len(token_ids)), max_seq_len)
-    worst = min(token_ids) if min(token_ids) < 0 else max(token_ids)
-    if not 0 <= worst < vocab_size:
-        raise RequestError(f"token id {worst} is outside the vocabulary of {vocab_size}", field=field)
-
-
-def _too_long(field: str, tokens: str, max_seq_len: int) -> RequestError:
-    return RequestError(
-        f"{field} has {tokens} tokens; the context holds {max_seq_len}, with at least one to generate", field=field
-    )
+    def _check_grammar(self, params: SamplingParams) -> None:
+        tokenizer, vocab_size = self._vocabulary.tokenizer, self._vocabulary.size
+        assert params.guided is not None
+        assert tokenizer is not None
+        assert vocab_size is not None
+        if self._grammars is None:  # made for the first who needs it: it looks at every piece of the vocabulary
+            self._grammars = Grammars(tokenizer, vocab_size)
+        self._grammars.check(params.guided)

@@ -7,15 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tpserve.engine import fields
 from tpserve.engine.config import EngineConfig, unknown_key
 from tpserve.engine.errors import ConfigError, RequestError
+from tpserve.engine.sampling_fields import SAMPLING_FIELDS, sampling_params
 from tpserve.engine.sampling_params import SamplingParams
 from tpserve.handler.predictions import MODES, Defaults
 
 # The old example's names for what the engine calls otherwise.
 _ALIASES = {"converted_ckpt_dir": "checkpoint_dir", "max_batch_size": "max_num_seqs"}
-_SAMPLING_KEYS = ("max_new_tokens", "temperature", "top_p")
-_OWN_KEYS = ("tokenizer_path", "model_args_path", *_SAMPLING_KEYS, "manual_seed", "mode")
+_OWN_KEYS = ("tokenizer_path", "model_args_path", *SAMPLING_FIELDS, "manual_seed", "mode")
 KNOWN_KEYS = (*_ALIASES, *_OWN_KEYS, *EngineConfig.field_names())
 
 
@@ -86,25 +87,25 @@ class HandlerConfig:
 
 
 def _engine(given: Mapping[str, Any], yaml: Mapping[str, Any], model_dir: Path) -> EngineConfig:
-    fields: dict[str, Any] = {key: given[key] for key in EngineConfig.field_names() if key in given}
+    settings: dict[str, Any] = {key: given[key] for key in EngineConfig.field_names() if key in given}
     for old, new in _ALIASES.items():
         if old in given:
-            if new in fields:
+            if new in settings:
                 raise ConfigError(f"handler: {old} and {new} are the same; give one of them")
-            fields[new] = given[old]
-    if not isinstance(fields.get("checkpoint_dir"), str):
+            settings[new] = given[old]
+    if not isinstance(settings.get("checkpoint_dir"), str):
         raise ConfigError("handler: converted_ckpt_dir must name the folder that `tpserve convert` wrote")
-    fields["checkpoint_dir"] = str(model_dir / fields["checkpoint_dir"])
+    settings["checkpoint_dir"] = str(model_dir / settings["checkpoint_dir"])
     ranks = _nproc_per_node(yaml)
-    if ranks is not None and fields.setdefault("tensor_parallel_size", ranks) != ranks:
+    if ranks is not None and settings.setdefault("tensor_parallel_size", ranks) != ranks:
         raise ConfigError(
             f"torchrun: nproc-per-node is {ranks}, handler: tensor_parallel_size is "
-            f"{fields['tensor_parallel_size']}; give one of them"
+            f"{settings['tensor_parallel_size']}; give one of them"
         )
     if yaml.get("deviceType") == "cpu":
-        fields.setdefault("device", "cpu")
+        settings.setdefault("device", "cpu")
     try:
-        return EngineConfig.from_dict(fields)
+        return EngineConfig.from_dict(settings)
     except ConfigError as e:
         raise ConfigError(f"handler: {e}") from None
 
@@ -123,16 +124,13 @@ def _defaults(given: Mapping[str, Any]) -> Defaults:
     mode = given.get("mode", "text_completion")
     if mode not in MODES:
         raise ConfigError(f"handler: mode must be one of {', '.join(MODES)}, got {mode!r}")
-    sampling = {key: given[key] for key in _SAMPLING_KEYS if key in given}
-    if "manual_seed" in given:
-        sampling["seed"] = given["manual_seed"]
-    for key, value in sampling.items():
-        allowed = int if key in ("max_new_tokens", "seed") else (int, float)
-        if not isinstance(value, allowed) or isinstance(value, bool):
-            raise ConfigError(f"handler: {'manual_seed' if key == 'seed' else key} must be a number, got {value!r}")
-    params = SamplingParams(**sampling)
+    sampling = {key: given[key] for key in SAMPLING_FIELDS if key in given}
     try:
-        params.validate()
+        if "manual_seed" in given:
+            if "seed" in given:
+                raise ConfigError("handler: manual_seed and seed are the same; give one of them")
+            sampling["seed"] = fields.integer("manual_seed", given["manual_seed"])
+        params = sampling_params(sampling, SamplingParams())
     except RequestError as e:
         raise ConfigError(f"handler: {e}") from None
     return Defaults(params, given.get("max_new_tokens"), mode)

@@ -8,12 +8,12 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
+from tpserve.engine.completion import Completion
 from tpserve.engine.errors import EngineError
 from tpserve.engine.protocol import RequestOutput
-from tpserve.engine.text.detokenizer import IncrementalDetokenizer
-from tpserve.engine.text.tokenizer import Tokenizer
+from tpserve.engine.results import said, said_of_prompt, usage, whole
 from tpserve.handler.predictions import Form, Prediction
-from tpserve.handler.replies import NDJSON, Generated, Reply, error_reply, json_reply
+from tpserve.handler.replies import NDJSON, Reply, error_reply, failed, json_line, json_reply
 
 logger = logging.getLogger(__name__)
 
@@ -52,44 +52,6 @@ class Deferred:
         self._reply = error_reply(EngineError(message))
 
 
-class _Sequence:
-    """Tokens and text of one prompt's answer."""
-
-    def __init__(self, tokenizer: Tokenizer | None, prompt_tokens: int, logprobs: bool) -> None:
-        self._detokenizer = None if tokenizer is None else IncrementalDetokenizer(tokenizer)
-        self._logprobs = logprobs
-        self._prompt_tokens = prompt_tokens
-        self._completion_tokens = 0
-        self.error: str | None = None
-        self.finished = False
-        self.said = self._nothing()
-
-    def _nothing(self) -> Generated:
-        return Generated(logprobs=[] if self._logprobs else None)
-
-    def add(self, output: RequestOutput) -> None:
-        said = self.said
-        said.ids += output.token_ids
-        if said.logprobs is not None:
-            said.logprobs += output.logprobs or []
-        self._completion_tokens += len(output.token_ids)
-        if self._detokenizer is not None:
-            said.text += self._detokenizer.push(output.token_ids)
-        if output.finish_reason is None:
-            return
-        if self._detokenizer is not None:
-            said.text += self._detokenizer.finish()
-        said.finish_reason = output.finish_reason
-        said.prompt_tokens, said.completion_tokens = self._prompt_tokens, self._completion_tokens
-        self.finished = True
-        if output.finish_reason == "error":
-            self.error = output.error or "the engine failed"
-
-    def take(self) -> Generated:
-        said, self.said = self.said, self._nothing()
-        return said
-
-
 class OpenRequest:
     """A prediction that the engine is working on.
 
@@ -98,8 +60,7 @@ class OpenRequest:
     Args:
         prediction: the request.
         engine_ids: one a prompt.
-        prompt_tokens: one a prompt.
-        tokenizer: None: replies have ids and no text.
+        completions: likewise.
         signal: set whenever something arrives.
     """
 
@@ -107,16 +68,18 @@ class OpenRequest:
         self,
         prediction: Prediction,
         engine_ids: tuple[str, ...],
-        prompt_tokens: list[int],
-        tokenizer: Tokenizer | None,
+        completions: list[Completion],
         signal: threading.Event,
     ) -> None:
         self.engine_ids = engine_ids
         self._form = prediction.form
         self._stream = prediction.stream
+        self._many = prediction.params.n > 1
         self._begun = False
+        self._prompt_told = False
         self._inbox: deque[tuple[int, RequestOutput]] = deque()  # thread-safe at both ends
-        self._sequences = [_Sequence(tokenizer, n, prediction.params.logprobs) for n in prompt_tokens]
+        self._completions = completions
+        self._failure: str | None = None
         self._signal = signal
 
     def deliver(self, index: int, output: RequestOutput) -> None:
@@ -126,7 +89,8 @@ class OpenRequest:
 
     def fail(self, message: str) -> None:
         """Ends the request with an error."""
-        self.deliver(0, RequestOutput("", finish_reason="error", error=message))
+        self._failure = message
+        self._signal.set()
 
     def take(self) -> Reply | None:
         """The next reply, if there is anything to say. Never raises: one request's trouble is not the batch's."""
@@ -134,37 +98,51 @@ class OpenRequest:
             return self._next()
         except Exception as e:
             logger.exception("request %s", self.engine_ids[0])
-            if not self._begun:
-                return error_reply(e)
-            return Reply(Generated(finish_reason="error").line("internal error"), NDJSON, more=False)
+            return self._broken("internal error") if self._begun else error_reply(e)
 
     def _next(self) -> Reply | None:
-        news = False
         while self._inbox:
             index, output = self._inbox.popleft()
-            if not self._sequences[index].finished:
-                self._sequences[index].add(output)
-                news = True
-        error = next((sequence.error for sequence in self._sequences if sequence.error is not None), None)
+            self._completions[index].add(output)
+        errors = (completion.error for completion in self._completions)
+        error = self._failure or next((error for error in errors if error is not None), None)
         if error is not None and not self._begun:
             return error_reply(EngineError(error))
+        if self._failure is not None:
+            return self._broken(self._failure)
         if self._stream:
-            return self._chunk(error) if news else None
-        if not all(sequence.finished for sequence in self._sequences):
+            return self._chunk()
+        if not all(completion.finished for completion in self._completions):
             return None
         return self._whole()
 
-    def _chunk(self, error: str | None) -> Reply:
-        (sequence,) = self._sequences
+    def _chunk(self) -> Reply | None:
+        (completion,) = self._completions
+        deltas = completion.take()
+        if not deltas:
+            return None
+        lines = [said(delta, self._many) for delta in deltas]
+        if not self._prompt_told and completion.prompt_logprobs is not None:
+            self._prompt_told = True
+            lines[0] |= said_of_prompt(completion)
+        if completion.finished:
+            lines[-1] |= usage(completion)
+        if completion.error is not None:
+            lines[-1] |= failed(completion.error)
         # A stream's first chunk must promise another; an answer that is complete already goes out as a whole.
-        more = True if not sequence.finished else (False if self._begun else None)
+        more = True if not completion.finished else (False if self._begun else None)
         self._begun = True
-        return Reply(sequence.take().line(error), NDJSON, more=more)
+        return Reply(b"".join(map(json_line, lines)), NDJSON, more=more)
 
     def _whole(self) -> Reply:
-        said = [sequence.take() for sequence in self._sequences]
         if self._form is Form.OBJECT:
-            return Reply(said[0].line())
+            return json_reply(whole(self._completions[0]))
+        texts = [delta.text for completion in self._completions for delta in completion.take()]
         if self._form is Form.TEXT:
-            return json_reply([{"generation": one.text} for one in said])
-        return json_reply([{"generation": {"role": "assistant", "content": one.text}} for one in said])
+            return json_reply([{"generation": text} for text in texts])
+        return json_reply([{"generation": {"role": "assistant", "content": text}} for text in texts])
+
+    def _broken(self, message: str) -> Reply:
+        """The last line of a stream that has begun."""
+        line = {"text": "", "ids": [], "finish_reason": "error", **usage(self._completions[0]), **failed(message)}
+        return Reply(json_line(line), NDJSON, more=False)

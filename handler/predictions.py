@@ -10,10 +10,11 @@ from typing import Any
 
 from tpserve.engine import fields
 from tpserve.engine.errors import RequestError
-from tpserve.engine.requests import PROMPT_FIELDS, Prompt, read_dialog, read_prompt, sampling_params
+from tpserve.engine.requests import KNOWN_FIELDS as REQUEST_FIELDS
+from tpserve.engine.requests import Prompt, RequestReader, check_names, read_dialog, read_prompt, read_urgency
 from tpserve.engine.sampling_params import SamplingParams
 
-KNOWN_FIELDS = (*PROMPT_FIELDS, *fields.SAMPLING, "stream", "mode")
+KNOWN_FIELDS = (*REQUEST_FIELDS, "stream", "mode")
 MODES = ("text_completion", "chat")
 
 
@@ -27,12 +28,14 @@ class Form(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """A request that is well formed: what to generate and how to answer."""
+    """A request that is well formed: what to generate and how to answer; see `GenerateRequest`."""
 
     form: Form
     prompts: tuple[Prompt, ...]
     params: SamplingParams
     stream: bool = False
+    priority: int = 0
+    timeout_s: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,13 +53,16 @@ class Defaults:
     mode: str = "text_completion"
 
 
-def parse_request(parameters: Mapping[str, Any], headers: Mapping[str, Any], defaults: Defaults) -> Prediction:
+def parse_request(
+    parameters: Mapping[str, Any], headers: Mapping[str, Any], defaults: Defaults, reader: RequestReader
+) -> Prediction:
     """Reads a request as TorchServe hands it over.
 
     Args:
         parameters: `body` (or a form's `data`): bytes, text, or JSON that TorchServe has parsed already.
         headers: the HTTP headers, and a dict with `content-type` under each parameter's name.
         defaults: the operator's.
+        reader: of the model's fields.
 
     Raises:
         RequestError: with the field at fault.
@@ -69,10 +75,10 @@ def parse_request(parameters: Mapping[str, Any], headers: Mapping[str, Any], def
         )
     about = headers.get(name)
     content_type = str(about.get("content-type") or "") if isinstance(about, Mapping) else ""
-    return parse_body(parameters[name], content_type, defaults)
+    return parse_body(parameters[name], content_type, defaults, reader)
 
 
-def parse_body(body: Any, content_type: str, defaults: Defaults) -> Prediction:
+def parse_body(body: Any, content_type: str, defaults: Defaults, reader: RequestReader) -> Prediction:
     """Reads one body; see `parse_request`."""
     is_json = content_type.partition(";")[0].strip().lower() == "application/json"
     if isinstance(body, bytes | bytearray | memoryview):
@@ -82,14 +88,14 @@ def parse_body(body: Any, content_type: str, defaults: Defaults) -> Prediction:
     elif isinstance(body, str) and not is_json and body.lstrip().startswith(("{", "[")):
         body, is_json = _parse_json(body), True
     if isinstance(body, Mapping):
-        return _object(body, defaults)
+        return _object(body, defaults, reader)
     if isinstance(body, list):
-        return _dialogs(body, defaults)
+        return _dialogs(body, defaults, reader)
     if is_json or not isinstance(body, str):
         raise RequestError(f"the body must be a JSON object with a prompt or a dialog, got {fields.shown(body)}")
     if not body.strip():
         raise RequestError("the request has no prompt: its body is empty", field="prompt")
-    return Prediction(Form.TEXT, (Prompt("prompt", fields.string("prompt", body)),), _params({}, defaults))
+    return Prediction(Form.TEXT, (Prompt("prompt", fields.string("prompt", body)),), _params({}, defaults, reader))
 
 
 def _decode(body: bytes) -> str:
@@ -125,15 +131,14 @@ def _no_constant(literal: str) -> Any:
     raise RequestError(f"the body is not JSON: {literal} is no number there")
 
 
-def _object(body: Mapping[Any, Any], defaults: Defaults) -> Prediction:
-    for name in body:
-        if name not in KNOWN_FIELDS:
-            raise fields.unknown_field(str(name), KNOWN_FIELDS)
+def _object(body: Mapping[Any, Any], defaults: Defaults, reader: RequestReader) -> Prediction:
+    check_names(body, KNOWN_FIELDS)
     given = {name: value for name, value in body.items() if value is not None}
     prompt = _prompt(given)
-    params = _params(given, defaults)
     stream = fields.boolean("stream", given.get("stream", True))
-    return Prediction(Form.OBJECT, (prompt,), params, stream)
+    priority, timeout_s = read_urgency(given)
+    params = _params(given, defaults, reader)
+    return Prediction(Form.OBJECT, (prompt,), params, stream, priority, timeout_s)
 
 
 def _prompt(given: Mapping[str, Any]) -> Prompt:
@@ -146,14 +151,14 @@ def _prompt(given: Mapping[str, Any]) -> Prompt:
     return prompt
 
 
-def _dialogs(body: list[Any], defaults: Defaults) -> Prediction:
+def _dialogs(body: list[Any], defaults: Defaults, reader: RequestReader) -> Prediction:
     if defaults.mode != "chat":
         raise RequestError("a list of dialogs as the body needs mode: chat in model-config.yaml", field="mode")
     if not body:
         raise RequestError("the body is an empty list; it must hold dialogs", field="dialog")
     prompts = tuple(Prompt(f"dialogs[{i}]", read_dialog(dialog, f"dialogs[{i}]")) for i, dialog in enumerate(body))
-    return Prediction(Form.DIALOGS, prompts, _params({}, defaults))
+    return Prediction(Form.DIALOGS, prompts, _params({}, defaults, reader))
 
 
-def _params(given: Mapping[str, Any], defaults: Defaults) -> SamplingParams:
-    return sampling_params(given, defaults.params, defaults.max_new_tokens_cap)
+def _params(given: Mapping[str, Any], defaults: Defaults, reader: RequestReader) -> SamplingParams:
+    return reader.params(given, defaults.params, defaults.max_new_tokens_cap)

@@ -32,37 +32,19 @@ class Reply:
     more: bool | None = None
 
 
-@dataclasses.dataclass
-class Generated:
-    """Tokens of one sequence, since the last chunk or altogether."""
+def failed(message: str) -> dict[str, Any]:
+    """What ends a stream that has begun and cannot go on."""
+    return {"error": {"message": message, "field": None, "code": 503}}
 
-    text: str = ""
-    ids: list[int] = dataclasses.field(default_factory=list)
-    logprobs: list[float] | None = None
-    finish_reason: str | None = None
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
 
-    def line(self, error: str | None = None) -> bytes:
-        """One JSON object, newline-terminated."""
-        out: dict[str, Any] = {"text": self.text, "ids": self.ids}
-        if self.logprobs is not None:
-            out["logprobs"] = self.logprobs
-        if self.finish_reason is not None:
-            out["finish_reason"] = self.finish_reason
-            out["usage"] = {
-                "prompt_tokens": self.prompt_tokens,
-                "completion_tokens": self.completion_tokens,
-                "total_tokens": self.prompt_tokens + self.completion_tokens,
-            }
-        if error is not None:
-            out["error"] = {"message": error, "field": None, "code": 503}
-        return msgspec.json.encode(out) + b"\n"
+def json_line(content: Any) -> bytes:
+    """One JSON value, newline-terminated."""
+    return msgspec.json.encode(content) + b"\n"
 
 
 def json_reply(content: Any, status: int = 200) -> Reply:
     """A whole reply of one JSON value."""
-    return Reply(msgspec.json.encode(content) + b"\n", JSON, status)
+    return Reply(json_line(content), JSON, status)
 
 
 def error_reply(error: Exception) -> Reply:

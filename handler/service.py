@@ -13,7 +13,7 @@ from typing import Any
 from tpserve.engine.client import EngineClient
 from tpserve.engine.errors import ConfigError
 from tpserve.engine.process import die_with_parent
-from tpserve.engine.requests import PromptEncoder
+from tpserve.engine.requests import RequestReader
 from tpserve.engine.text.tokenizer import Tokenizer, TokenizerError
 from tpserve.handler.backend import Backend
 from tpserve.handler.blocking import handle_batch
@@ -56,8 +56,8 @@ class Service:
         info = client.start()
         atexit.register(client.close)
         logger.info("serving %s: %s", config.engine.checkpoint_dir, info)
-        encoder = PromptEncoder(tokenizer, client.checkpoint.args.vocab_size, info.max_seq_len)
-        backend = Backend(client, tokenizer, encoder, config.defaults, threading.Event())
+        reader = RequestReader(tokenizer, client.checkpoint.args.vocab_size, info.max_seq_len)
+        backend = Backend(client, tokenizer, reader, config.defaults, threading.Event())
         if config.continuous_batching:
             return cls(Mailbox(backend).handle)
         return cls(lambda data, context: handle_batch(backend, data, context))

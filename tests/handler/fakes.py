@@ -8,8 +8,9 @@ from typing import Any
 
 from tests.text.models import load, tiny_model
 from tpserve.engine.errors import RequestError
-from tpserve.engine.protocol import RankStatus, Ready, RequestOutput, Status
-from tpserve.engine.requests import PromptEncoder
+from tpserve.engine.metrics import EngineMetrics
+from tpserve.engine.protocol import RankStatus, RankTrace, Ready, RequestOutput, Span, Status
+from tpserve.engine.requests import RequestReader
 from tpserve.engine.sampling_params import SamplingParams
 from tpserve.engine.text.tokenizer import Tokenizer
 from tpserve.handler.backend import Backend
@@ -27,6 +28,9 @@ class FakeEngine:
         self.info = Ready(2, 100, 16, MAX_SEQ_LEN, "cpu")
         self.submitted: dict[str, tuple[list[int], SamplingParams, Callable[[RequestOutput], None]]] = {}
         self.cancelled: list[str] = []
+        self.cancelled_answers: list[tuple[str, int]] = []
+        self.urgency: dict[str, tuple[int, float | None]] = {}
+        self.metrics = EngineMetrics()
         self.refusal: Exception | None = None
 
     def submit(
@@ -35,6 +39,9 @@ class FakeEngine:
         prompt_token_ids: list[int],
         params: SamplingParams,
         on_output: Callable[[RequestOutput], None],
+        *,
+        priority: int = 0,
+        timeout_s: float | None = None,
     ) -> None:
         params.validate()
         if self.refusal is not None:
@@ -42,17 +49,23 @@ class FakeEngine:
         if request_id in self.submitted:
             raise RequestError("in use")
         self.submitted[request_id] = (prompt_token_ids, params, on_output)
+        self.urgency[request_id] = (priority, timeout_s)
 
-    def cancel(self, request_id: str) -> None:
-        if self.submitted.pop(request_id, None):
+    def cancel(self, request_id: str, index: int | None = None) -> None:
+        if index is not None:
+            self.cancelled_answers.append((request_id, index))
+        elif self.submitted.pop(request_id, None):
             self.cancelled.append(request_id)
 
     def status(self, timeout_s: float = 5.0) -> Status:
         return Status(0, [RankStatus(0, 1, 2, 0), RankStatus(1, 1, 2, 0)])
 
+    def trace(self, num_steps: int, timeout_s: float = 60.0) -> list[RankTrace]:
+        return [RankTrace(0, rank, [Span(rank, "host", "schedule", 1000, num_steps)]) for rank in range(2)]
+
     def say(self, request_id: str, ids: list[int], finish: str | None = None, **more: Any) -> None:
-        on_output = self.submitted[request_id][2]
-        if finish is not None:
+        _, params, on_output = self.submitted[request_id]
+        if finish is not None and params.num_choices == params.n == 1:
             del self.submitted[request_id]
         on_output(RequestOutput(request_id, ids, finish_reason=finish, **more))
 
@@ -88,8 +101,11 @@ def tokenizer() -> Tokenizer:
 
 
 def backend(engine: FakeEngine, defaults: Defaults | None = None) -> Backend:
-    encoder = PromptEncoder(tokenizer(), tokenizer().vocab_size, MAX_SEQ_LEN)
-    return Backend(engine, tokenizer(), encoder, defaults or Defaults(), threading.Event())
+    return Backend(engine, tokenizer(), reader(), defaults or Defaults(), threading.Event())
+
+
+def reader() -> RequestReader:
+    return RequestReader(tokenizer(), tokenizer().vocab_size, MAX_SEQ_LEN)
 
 
 def body(value: Any, content_type: str = "application/json", url_path: str = "") -> tuple[Any, dict[str, Any]]:

@@ -80,7 +80,7 @@ def ids_of(text: str) -> list[int]:
 def test_a_stream_from_first_to_last_line(engine: FakeEngine, frontend: Frontend) -> None:
     frontend.call({"a": body(HELLO | {"logprobs": True})})
     prompt, params, _ = engine.submitted["a/0"]
-    assert (prompt, params.logprobs) == (tokenizer().encode("once upon a time", bos=True, eos=False), True)
+    assert (prompt, params.logprobs) == (tokenizer().encode("once upon a time", bos=True, eos=False), 0)
     ids = ids_of("the cat and a dog")
     engine.say("a/0", ids[:2], logprobs=[-0.5, -1.0])
     frontend.call()
@@ -258,8 +258,8 @@ def test_health_and_status(engine: FakeEngine, frontend: Frontend) -> None:
 
 def test_a_classic_batch_waits_for_all_and_streams_nothing(engine: FakeEngine) -> None:
     class Talkative(FakeEngine):
-        def submit(self, request_id: str, *rest: Any) -> None:
-            super().submit(request_id, *rest)
+        def submit(self, request_id: str, *rest: Any, **urgency: Any) -> None:
+            super().submit(request_id, *rest, **urgency)
             self.say(request_id, ids_of("the cat")[:1])
             self.say(request_id, ids_of("the cat")[1:], "stop")
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tests.handler.fakes import MAX_SEQ_LEN, tokenizer
+from tests.handler.fakes import MAX_SEQ_LEN, reader, tokenizer
 from tpserve.engine.errors import RequestError
-from tpserve.engine.requests import PromptEncoder
+from tpserve.engine.requests import RequestReader
 from tpserve.engine.sampling_params import SamplingParams
 from tpserve.handler.predictions import KNOWN_FIELDS, Defaults, Form, Prediction, parse_body, parse_request
 from tpserve.handler.replies import error_reply
@@ -22,7 +22,7 @@ USER = {"role": "user", "content": "hello"}
 
 
 def parse(body: Any, content_type: str = "application/json", defaults: Defaults | None = None) -> Prediction:
-    return parse_body(body, content_type, defaults or Defaults())
+    return parse_body(body, content_type, defaults or Defaults(), reader())
 
 
 def refusal(body: Any, content_type: str = "application/json", defaults: Defaults | None = None) -> RequestError:
@@ -43,7 +43,7 @@ def test_an_object_is_read_parsed_or_as_bytes(wrap: Any, content_type: str) -> N
     assert prediction.prompts[0].value == "東京"
     assert not prediction.stream
     assert prediction.params == SamplingParams(
-        max_new_tokens=5, temperature=1.0, top_p=0.5, top_k=3, seed=2**64 - 1, logprobs=True, ignore_eos=True,
+        max_new_tokens=5, temperature=1.0, top_p=0.5, top_k=3, seed=2**64 - 1, logprobs=0, ignore_eos=True,
         stop_token_ids=(7,),
     )  # fmt: skip
 
@@ -103,7 +103,7 @@ def test_the_operators_defaults() -> None:
         ({"dialog": [{"role": "assistant", "content": "x"}]}, "dialog", r"dialog\[0\] must have role 'user'"),
         ({"dialog": [{"role": "user", "content": "[INST]"}]}, "dialog", "special tag"),
         ({"dialog": [{"role": "user", "content": "\udc00"}]}, "dialog", "surrogate"),
-        ({"prompt": "x", "max_tokens": 3}, "max_tokens", "did you mean 'max_new_tokens'"),
+        ({"prompt": "x", "max_new_tokns": 3}, "max_new_tokns", "did you mean 'max_new_tokens'"),
         ({"prompt": "x", "max_new_tokens": 0}, "max_new_tokens", "at least 1, got 0"),
         ({"prompt": "x", "max_new_tokens": 1.5}, "max_new_tokens", "must be an integer"),
         ({"prompt": "x", "max_new_tokens": True}, "max_new_tokens", "must be an integer, got True"),
@@ -155,8 +155,8 @@ def test_a_refused_body(body: Any, said: str) -> None:
 
 def test_a_form_without_body_says_what_to_send() -> None:
     with pytest.raises(RequestError, match="Content-Type: application/json"):
-        parse_request({}, {}, Defaults())
-    assert parse_request({"data": b"hi"}, {}, Defaults()).form is Form.TEXT
+        parse_request({}, {}, Defaults(), reader())
+    assert parse_request({"data": b"hi"}, {}, Defaults(), reader()).form is Form.TEXT
 
 
 @pytest.mark.parametrize("field", ["prompt", "dialog", "prompt_token_ids"])
@@ -164,20 +164,20 @@ def test_a_prompt_longer_than_the_context(field: str) -> None:
     long = "one two three " * 100
     value = {"prompt": long, "dialog": [{"role": "user", "content": long}], "prompt_token_ids": [1] * MAX_SEQ_LEN}
     (prompt,) = parse({field: value[field]}).prompts
-    encoder = PromptEncoder(tokenizer(), tokenizer().vocab_size, MAX_SEQ_LEN)
     with pytest.raises(RequestError, match=f"tokens; the context holds {MAX_SEQ_LEN}") as caught:
-        encoder.encode(prompt)
+        reader().encode(prompt)
     assert caught.value.field == field
 
 
 def test_prompts_that_a_model_cannot_take() -> None:
     with pytest.raises(RequestError, match="outside the vocabulary of 90"):
-        PromptEncoder(None, 90, 64).encode(parse({"prompt_token_ids": [89, 90]}).prompts[0])
+        RequestReader(None, 90, 64).encode(parse({"prompt_token_ids": [89, 90]}).prompts[0])
     with pytest.raises(RequestError, match="no tokenizer"):
-        PromptEncoder(None, 90, 64).encode(parse({"prompt": "x"}).prompts[0])
-    assert PromptEncoder(None, 90, 64).encode(parse({"prompt_token_ids": [89]}).prompts[0]) == [89]
+        RequestReader(None, 90, 64).encode(parse({"prompt": "x"}).prompts[0])
+    assert RequestReader(None, 90, 64).encode(parse({"prompt_token_ids": [89]}).prompts[0]) == [89]
 
 
+READER = reader()
 SCALARS = st.one_of(
     st.none(), st.booleans(), st.integers(), st.integers(-3, 70), st.floats(), st.text(max_size=8),
     st.text(st.characters(), max_size=4), st.sampled_from(["chat", "user", "system", "assistant", "[INST]", "x"]),
@@ -205,12 +205,11 @@ BODIES = st.one_of(
 @given(BODIES, st.sampled_from(["", "application/json", "text/plain", "\x00;"]), st.sampled_from([Defaults(), CHAT]))
 @example("\ud800", "text/plain", CHAT)
 def test_never_raises_anything_but_a_request_error(body: Any, content_type: str, defaults: Defaults) -> None:
-    encoder = PromptEncoder(tokenizer(), tokenizer().vocab_size, MAX_SEQ_LEN)
     refused: RequestError | None = None
     try:
-        prediction = parse_body(body, content_type, defaults)
+        prediction = parse_body(body, content_type, defaults, READER)
         for prompt in prediction.prompts:
-            assert all(0 <= i < tokenizer().vocab_size for i in encoder.encode(prompt))
+            assert all(0 <= i < tokenizer().vocab_size for i in READER.encode(prompt))
         msgspec.msgpack.encode(prediction.params)  # the engine must be able to send it
     except RequestError as e:
         refused = e
