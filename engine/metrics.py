@@ -1,7 +1,7 @@
 """What Prometheus is told about the engine, under vLLM's names.
 
 Observing happens in the thread that hands out tokens, so it is a bisection and two additions; prometheus_client's own
-histograms take ten times as long. It only writes what was counted here.
+histograms take four times as long. It only writes what was counted here.
 """
 
 from __future__ import annotations

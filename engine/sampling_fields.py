@@ -103,7 +103,7 @@ def _by_field(given: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
 
 
 def _join_guided(values: dict[str, Any]) -> None:
-    found = {name: values.pop(name) for name in _GUIDED if name in values}
+    found = {name: values.pop(name) for name in list(values) if name in _GUIDED}
     if len(found) > 1:
         first, second, *_ = found
         raise RequestError(f"the request has both {first} and {second}; send one of them", field=second)
@@ -153,9 +153,11 @@ def _spellings(where: str, word: str, tokenizer: Tokenizer | None) -> list[tuple
     found = []
     for text in (word, " " + word):
         ids = tokenizer.encode(_ANCHOR + text, bos=False, eos=False)
-        if ids[: len(anchor)] == anchor:
+        if ids[: len(anchor)] == anchor and len(ids) > len(anchor):
             found.append(tuple(ids[len(anchor) :]))
-    return found or [tuple(tokenizer.encode(word, bos=False, eos=False))]
+    if not found:  # spaces only, in a tokenizer that drops those at the end
+        raise RequestError(f"{where} has no tokens: {fields.shown(word)}")
+    return found
 
 
 def _choices(name: str, value: Any) -> Guided:
