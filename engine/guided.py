@@ -35,7 +35,11 @@ _TOKEN, _DROPPED_SPACE, _EOS = 0, 1, 2
 
 
 class Grammars:
-    """Compiles grammars for one tokenizer and keeps the last ones compiled."""
+    """Compiles grammars for one tokenizer and keeps the last ones compiled.
+
+    Attributes:
+        vocabulary: what the library knows of the tokenizer.
+    """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, cached: int = 64) -> None:
         """Tells the library the vocabulary: a tenth of a second for 32,000 pieces.
@@ -45,7 +49,7 @@ class Grammars:
             vocab_size: V, of the model's logits; ids that the tokenizer lacks are never allowed.
             cached: so many compiled grammars are kept.
         """
-        self._vocabulary = Vocabulary(tokenizer, vocab_size)
+        self.vocabulary = Vocabulary(tokenizer, vocab_size)
         self._cached = cached
         self._compiled: OrderedDict[tuple[str, str], LLMatcher] = OrderedDict()
         self._lock = threading.Lock()
@@ -65,7 +69,7 @@ class Grammars:
         Raises:
             RequestError: as `check`.
         """
-        return Matcher(self._vocabulary, self._template(guided).deep_copy(), bytearray())
+        return Matcher(self.vocabulary, self._template(guided).deep_copy(), bytearray())
 
     def _template(self, guided: Guided) -> LLMatcher:
         key = (guided.kind, guided.grammar)
@@ -85,7 +89,7 @@ class Grammars:
         return template
 
     def _compile(self, guided: Guided) -> LLMatcher:
-        matcher = LLMatcher(self._vocabulary.library, to_lark(guided), log_level=0, limits=_LIMITS)
+        matcher = LLMatcher(self.vocabulary.library, to_lark(guided), log_level=0, limits=_LIMITS)
         if not matcher.is_error():
             matcher.compute_bitmask()  # what is built lazily may fail too
         if matcher.is_error():

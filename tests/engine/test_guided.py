@@ -171,6 +171,17 @@ def test_advance_and_mask_agree_on_every_id(demo: Case) -> None:
         assert matcher.advance(rng.choice(allowed))
 
 
+def test_a_model_with_fewer_rows_than_the_tokenizer_has_pieces(demo: Case) -> None:
+    case = Case(demo.tokenizer)
+    case.size = 1001  # no whole number of words
+    case.grammars = Grammars(demo.tokenizer, case.size)
+    matcher, rng = case.matcher("json", PERSON), random.Random(2)
+    while not matcher.finished:
+        allowed = case.allowed(matcher)
+        assert max(allowed) < case.size
+        assert matcher.advance(rng.choice(allowed))
+
+
 def test_a_refused_token_changes_nothing(demo: Case) -> None:
     matcher = demo.matcher("choice", ["the", "then"])
     before = demo.allowed(matcher)
