@@ -76,6 +76,14 @@ def test_engine_keys_stand_beside_the_old_ones() -> None:
     assert (config.engine.checkpoint_dir, config.engine.device) == ("/abs", "cpu")
 
 
+def test_every_sampling_field_may_have_a_default() -> None:
+    config = read({"n": 2, "stop": "x", "logit_bias": {5: -1}, "min_p": 0.1, "bad_words": [[3]], "max_new_tokens": 9})
+    assert config.defaults.params == SamplingParams(
+        n=2, stop=("x",), logit_bias={5: -1.0}, min_p=0.1, bad_words=((3,),), max_new_tokens=9
+    )
+    assert config.defaults.max_new_tokens_cap == 9
+
+
 @pytest.mark.parametrize(
     ("handler", "top", "said"),
     [
@@ -89,6 +97,7 @@ def test_engine_keys_stand_beside_the_old_ones() -> None:
         ({"max_new_tokens": 0}, {}, "max_new_tokens must be at least 1"),
         ({"manual_seed": 1.5}, {}, "manual_seed must be an integer"),
         ({"manual_seed": 1, "seed": 1}, {}, "manual_seed and seed are the same"),
+        ({"bad_words": ["x"]}, {}, "send token ids"),
         ({"stop": 3}, {}, "stop must be a list of strings"),
         ({"logit_bias": {"x": 1}}, {}, "logit_bias must have token ids"),
         ({"mode": "poetry"}, {}, "mode must be one of"),

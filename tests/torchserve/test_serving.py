@@ -144,7 +144,7 @@ def test_too_many_requests_are_told_to_come_back(server: Server) -> None:
     with ThreadPoolExecutor(60) as pool:
         answers = list(pool.map(server.post, [body] * 60))
     assert {answer.status for answer in answers} == {200, 429}
-    assert all(answer.headers["retry-after"] == "1" for answer in answers if answer.status == 429)
+    assert all(1 <= int(answer.headers["retry-after"]) <= 60 for answer in answers if answer.status == 429)
     assert len({answer.body for answer in answers if answer.status == 200}) == 1
 
 
