@@ -107,7 +107,7 @@ class Backend:
                 case "metrics":
                     return Reply(self._engine.metrics.text(), CONTENT_TYPE)
                 case path if path == "trace" or path.startswith("trace/"):
-                    num_steps = _trace_steps(path, parameters)
+                    num_steps = _trace_steps(path)
                     return Deferred(lambda: self._trace(num_steps), self.signal)
                 case path:
                     known = "health, status, metrics, trace"
@@ -174,10 +174,9 @@ class Backend:
         return opened
 
 
-def _trace_steps(path: str, parameters: Mapping[str, Any]) -> int:
-    """Of `trace/100` or `trace?steps=100`; TorchServe hands a query's values over like a form's, as bytes."""
-    given = path.partition("/")[2] or parameters.get("steps") or "100"
-    text = given.decode("utf-8", "replace") if isinstance(given, bytes | bytearray) else str(given)
+def _trace_steps(path: str) -> int:
+    """Of `trace/100`; a query after the path does not come through TorchServe."""
+    text = path.partition("/")[2] or "100"
     if not (text.isascii() and text.isdigit() and len(text) < 10 and 1 <= int(text) <= _MAX_TRACE_STEPS):
         raise RequestError(f"steps must be from 1 to {_MAX_TRACE_STEPS}, got {shown(text)}", field="steps")
     return int(text)
