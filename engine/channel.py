@@ -12,11 +12,11 @@ import msgspec
 import zmq
 
 from tpserve.engine.errors import EngineError
-from tpserve.engine.protocol import RankStatus, StepMessage
+from tpserve.engine.protocol import RankStatus, RankTrace, StepMessage
 
 _encoder = msgspec.msgpack.Encoder()
 _step_decoder = msgspec.msgpack.Decoder(StepMessage)
-_status_decoder = msgspec.msgpack.Decoder(RankStatus)
+_status_decoder = msgspec.msgpack.Decoder(RankStatus | RankTrace)
 
 
 def new_socket(kind: int, address: str, *, bind: bool) -> zmq.Socket[bytes]:
@@ -54,9 +54,9 @@ class LeaderChannel:
         for socket in self._followers:
             socket.send(data)
 
-    def receive(self) -> list[RankStatus]:
+    def receive(self) -> list[RankStatus | RankTrace]:
         """What the others reported since the last call; does not wait."""
-        statuses = []
+        statuses: list[RankStatus | RankTrace] = []
         while self._status.poll(0):
             statuses.append(_status_decoder.decode(self._status.recv()))
         return statuses
@@ -86,6 +86,6 @@ class FollowerChannel:
             raise EngineError(f"no message from rank 0 for {self._timeout_s:g} s")
         return _step_decoder.decode(self._events.recv())
 
-    def send(self, status: RankStatus) -> None:
+    def send(self, status: RankStatus | RankTrace) -> None:
         """Reports to rank 0."""
         self._status.send(_encoder.encode(status))

@@ -18,10 +18,12 @@ import torch.distributed as dist
 from tpserve.engine.config import EngineConfig
 from tpserve.engine.core import CoreShape, EngineCore
 from tpserve.engine.errors import ConfigError
+from tpserve.engine.guided import Grammars
 from tpserve.engine.model_runner import ModelRunner
 from tpserve.engine.sampling_params import SamplingParams
-from tpserve.engine.scheduler import ScheduledSequence
 from tpserve.engine.sequence import Sequence
+from tpserve.engine.step import ScheduledSequence, StepPlan
+from tpserve.engine.text.tokenizer import Tokenizer
 from tpserve.model.checkpoint import CheckpointError
 from tpserve.model.kv_cache import PagedKVCache, bytes_per_block
 from tpserve.model.loader import LoadedModel, load_model
@@ -121,8 +123,12 @@ def build_core(config: EngineConfig, device: torch.device, tp: TensorParallel) -
             f"the KV cache holds {num_blocks} blocks, one sequence of max_seq_len {config.max_seq_len} needs {needed}; "
             "lower max_seq_len, or raise num_kv_blocks, kv_cache_bytes or gpu_memory_utilization"
         )
-    runner = ModelRunner(loaded, _cache(config, loaded, num_blocks))
-    return EngineCore(config, CoreShape(num_blocks, config.max_seq_len, loaded.info.eos_token_id), runner, tp.rank)
+    runner = ModelRunner(loaded, _cache(config, loaded, num_blocks), config)
+    vocab_size = loaded.info.args.vocab_size
+    tokenizer = Tokenizer.from_checkpoint(Path(config.checkpoint_dir))
+    grammars = None if tokenizer is None else Grammars(tokenizer, vocab_size)
+    shape = CoreShape(num_blocks, config.max_seq_len, loaded.info.eos_token_id, vocab_size)
+    return EngineCore(config, shape, runner, tp.rank, grammars)
 
 
 def _dtype(config: EngineConfig) -> torch.dtype:
@@ -175,10 +181,12 @@ def _free_cuda_bytes(config: EngineConfig, loaded: LoadedModel) -> int:
     length = min(n, config.max_seq_len)
     blocks = -(-length // config.block_size)
     torch.cuda.reset_peak_memory_stats(loaded.device)
-    runner = ModelRunner(loaded, _cache(config, loaded, blocks))
+    runner = ModelRunner(loaded, _cache(config, loaded, blocks), config)
     prompt = Sequence("profile", [0] * length, SamplingParams(), max_seq_len=length + 1, eos_token_id=None)
-    prompt.block_table = list(range(blocks))
-    runner.run([ScheduledSequence(prompt, length, samples=True)])
+    prompt.block_table, prompt.row = list(range(blocks)), 0
+    step = runner.launch(StepPlan([ScheduledSequence(prompt, 0, length, (prompt,), [])], loads=[prompt]))
+    runner.draw(step, None)
+    runner.finish(step)
     torch.cuda.synchronize(loaded.device)
     peak = torch.cuda.max_memory_allocated(loaded.device)
     del runner

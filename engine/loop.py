@@ -9,7 +9,7 @@ from tpserve.engine.channel import FollowerChannel, LeaderChannel
 from tpserve.engine.config import EngineConfig
 from tpserve.engine.core import EngineCore
 from tpserve.engine.errors import EngineError
-from tpserve.engine.protocol import Event, Heartbeat, RankStatus, Reply, RequestOutput, Status, StepMessage
+from tpserve.engine.protocol import Event, Heartbeat, Outputs, RankStatus, RankTrace, Reply, Status, StepMessage
 
 HEARTBEAT_INTERVAL_S = 1.0
 
@@ -21,7 +21,7 @@ class Frontend(Protocol):
         """What is new; waits at most so long for the first event."""
         ...
 
-    def send_outputs(self, outputs: list[RequestOutput]) -> None:
+    def send_outputs(self, outputs: Outputs) -> None:
         """Takes one step's tokens."""
         ...
 
@@ -43,11 +43,18 @@ def lead(core: EngineCore, config: EngineConfig, channel: LeaderChannel, fronten
         channel.send(StepMessage(core.step_count, events))
         core.apply(events)
         outputs = core.step()
-        if outputs:
-            frontend.send_outputs(outputs)
-        statuses = [*channel.receive(), *core.take_reports()]
+        if outputs.outputs or outputs.scheduled:
+            with core.tracer.span("send"):
+                frontend.send_outputs(outputs)
+        statuses: list[RankStatus] = core.take_reports()
         if _compares(core, config):
             statuses.append(core.status())
+        received: list[RankStatus | RankTrace] = [*channel.receive(), *core.tracer.take()]
+        for message in received:
+            if isinstance(message, RankTrace):
+                frontend.send(message)
+            else:
+                statuses.append(message)
         for status in agreement.add(statuses):
             frontend.send(status)
         now_s = time.monotonic()
@@ -68,8 +75,9 @@ def follow(core: EngineCore, config: EngineConfig, channel: FollowerChannel) -> 
             raise EngineError(f"rank 0 is at step {message.step}, this rank at {core.step_count}")
         core.apply(message.events)
         core.step()
-        for status in core.take_reports():
-            channel.send(status)
+        reports: list[RankStatus | RankTrace] = [*core.take_reports(), *core.tracer.take()]
+        for report in reports:
+            channel.send(report)
         if _compares(core, config):
             channel.send(core.status())
 
@@ -85,7 +93,11 @@ def _heartbeat(core: EngineCore) -> Heartbeat:
         len(scheduler.running),
         len(scheduler.waiting),
         core.pool.num_in_use,
-        scheduler.num_preemptions,
+        scheduler.residency.num_preemptions,
+        scheduler.prefix_queries,
+        scheduler.prefix_hits,
+        scheduler.num_draft_tokens,
+        scheduler.num_accepted_tokens,
     )
 
 

@@ -1,30 +1,61 @@
-"""One step on the device: a plan goes in, sampled tokens come out. The only file of the step loop that knows torch."""
+"""One step on the device: a plan goes in, drawn tokens come out.
+
+The work of a step is two jobs on the device queue, the network and the draws, so that a grammar's masks may be made
+while the network runs. Jobs read nothing that the host may still change.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import time
+from concurrent.futures import Future
 
+import numpy as np
 import torch
 
-from tpserve.engine.sampling_params import SamplingParams
-from tpserve.engine.scheduler import ScheduledSequence
+from tpserve.engine.batch import Array, BatchState, Changes, DrawBuilder, Draws, Uploader
+from tpserve.engine.config import EngineConfig
+from tpserve.engine.device_queue import device_queue
+from tpserve.engine.protocol import PromptLogprob, TopLogprobs
+from tpserve.engine.step import Candidate, StepPlan, StepResult
 from tpserve.model.attention import PagedAttention, SequenceSlice
 from tpserve.model.kv_cache import PagedKVCache
 from tpserve.model.loader import LoadedModel
-from tpserve.model.sampling import SamplingBatch, sample, token_logprobs
+from tpserve.model.logits import process_logits, token_logprobs, top_logprobs
+from tpserve.model.sampling import sample
 
 
 @dataclasses.dataclass(frozen=True)
-class StepResult:
-    """What a step sampled.
+class _PromptRows:
+    """Logits of prompt tokens whose log-probabilities are asked for."""
+
+    spans: list[tuple[int, int]]  # (entry, number of rows)
+    targets_P: torch.Tensor  # the tokens that follow
+    top: int
+
+
+class Step:
+    """A step under way.
 
     Attributes:
-        tokens: one for each entry of the plan that samples.
-        logprobs: likewise, natural logarithms; None for requests that did not ask.
+        num_draws: tokens that it draws.
+        device_ns: (start, end) of its jobs, on a CPU.
     """
 
-    tokens: list[int]
-    logprobs: list[float | None]
+    def __init__(self, draws: Draws | None, network: Future[torch.Tensor], prompt: _PromptRows | None) -> None:
+        self.draws, self.network, self.prompt = draws, network, prompt
+        self.num_draws = 0 if draws is None else len(draws.seqs)
+        self.fetched: Future[_Fetched] | None = None
+        self.device_ns: list[int] = []
+
+
+@dataclasses.dataclass
+class _Fetched:
+    """A step's results on their way to the host; on CUDA the event says when they are there."""
+
+    tensors: dict[str, torch.Tensor]
+    event: torch.cuda.Event | None
 
 
 class ModelRunner:
@@ -33,62 +64,164 @@ class ModelRunner:
     Args:
         loaded: the network.
         cache: its KV cache.
+        config: sizes.
     """
 
-    def __init__(self, loaded: LoadedModel, cache: PagedKVCache) -> None:
-        self._loaded, self._cache = loaded, cache
+    def __init__(self, loaded: LoadedModel, cache: PagedKVCache, config: EngineConfig) -> None:
+        self._model, self._cache = loaded.model, cache
+        self._device = loaded.device
+        self._state = BatchState(
+            config.max_num_seqs, config.max_seq_len, -(-config.max_seq_len // config.block_size), loaded.device
+        )
+        self._upload = Uploader(loaded.device)
+        self._draws = DrawBuilder(loaded.info.args.vocab_size, self._upload)
+        self._queue = device_queue(loaded.device)
 
-    @torch.inference_mode()
-    def run(self, plan: list[ScheduledSequence]) -> StepResult:
-        """Computes the plan's tokens and samples where a sequence is complete."""
-        device = self._loaded.device
-        tokens: list[int] = []
-        positions: list[int] = []
+    def launch(self, plan: StepPlan) -> Step:
+        """Starts the network on a plan; `draw` must follow."""
         rows: list[int] = []
-        for entry in plan:
-            start, stop = entry.seq.num_computed_tokens, entry.seq.num_computed_tokens + entry.num_query_tokens
-            tokens += entry.seq.token_ids[start:stop]
-            positions += range(start, stop)
-            if entry.samples:
-                rows.append(len(tokens) - 1)
-        attend = PagedAttention(
-            self._cache,
-            [SequenceSlice(e.seq.num_computed_tokens, e.num_query_tokens, e.seq.block_table) for e in plan],
+        positions: list[int] = []
+        draw_rows: list[int] = []
+        draw_positions: list[int] = []
+        drawing = []
+        slices = []
+        for entry in plan.entries:
+            row, start, n = entry.seq.row, entry.start, entry.num_query_tokens
+            assert row is not None, "a sequence was planned that holds no row"
+            slices.append(SequenceSlice(row, start, n))
+            if n == 1:
+                rows.append(row)
+                positions.append(start)
+            else:
+                rows += itertools.repeat(row, n)
+                positions += range(start, start + n)
+            for seq in entry.samples:
+                for i in range(len(entry.drafts), -1, -1):
+                    drawing.append(seq)
+                    draw_rows.append(len(rows) - 1 - i)
+                    draw_positions.append(start + n - i)
+        prompt, prompt_rows = self._prompt_rows(plan)
+        changes = Changes.of(plan, self._upload)
+        copies = self._upload(list(zip(*plan.copies, strict=True)), np.int64) if plan.copies else None
+        draws = self._draws.build(drawing, draw_positions) if drawing else None
+        flat = self._upload([rows, positions], np.int64)
+        logits_rows = self._upload(draw_rows + prompt_rows, np.int64)
+        started: list[int] = []
+
+        def network() -> torch.Tensor:
+            started.append(time.monotonic_ns())
+            changes.apply(self._state)
+            if copies is not None:
+                self._cache.copy_blocks(copies[0], copies[1])
+            attend = PagedAttention(self._cache, self._state.tables_RB, flat[0], flat[1], slices)
+            logits: torch.Tensor = self._model(self._state.tokens_RL[flat[0], flat[1]], flat[1], attend, logits_rows)
+            return logits
+
+        step = Step(draws, self._queue.submit(network), prompt)
+        step.device_ns = started
+        return step
+
+    def draw(self, step: Step, masks: Array | None) -> None:
+        """Starts the draws of a launched step.
+
+        Args:
+            step: what `launch` returned.
+            masks: int32 [draws, ⌈V/32⌉], a bit a token that a grammar allows; None: no grammar.
+        """
+        allowed = None if masks is None else self._upload(masks)
+
+        def draws() -> _Fetched:
+            fetched = _Fetched({}, None)
+            if step.draws is not None:
+                self._draw(step.draws, step.network.result()[: step.num_draws], allowed, fetched.tensors)
+            if step.prompt is not None:
+                _prompt_logprobs(step.network.result()[step.num_draws :], step.prompt, fetched.tensors)
+            if self._device.type == "cuda":
+                fetched.tensors = {name: t.to("cpu", non_blocking=True) for name, t in fetched.tensors.items()}
+                fetched.event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                fetched.event.record()
+            step.device_ns.append(time.monotonic_ns())
+            return fetched
+
+        step.fetched = self._queue.submit(draws)
+
+    def finish(self, step: Step) -> StepResult:
+        """Waits for a step's tokens.
+
+        Raises:
+            RuntimeError: whatever the device said.
+        """
+        assert step.fetched is not None, "draw comes before finish"
+        step.network.result()  # the first failure is the one to tell
+        fetched = step.fetched.result()
+        if fetched.event is not None:
+            fetched.event.synchronize()
+        host = {name: tensor.tolist() for name, tensor in fetched.tensors.items()}
+        result = StepResult(
+            tokens=host.get("tokens", []),
+            logprobs=host.get("logprobs"),
+            top_logprobs=_pairs(host["top_ids"], host["top_logprobs"]) if "top_ids" in host else None,
         )
-        logits_NV = self._loaded.model(
-            torch.tensor(tokens, device=device),
-            torch.tensor(positions, device=device),
-            attend,
-            torch.tensor(rows, dtype=torch.int64, device=device),
-        )
-        sampling = [entry for entry in plan if entry.samples]
-        if not sampling:
-            return StepResult([], [])
-        params = [entry.seq.params for entry in sampling]
-        batch = _sampling_batch(params, [e.seq.num_tokens for e in sampling], logits_NV.shape[1], device)
-        tokens_N = sample(logits_NV, batch)
-        logprobs: list[float | None] = [None] * len(params)
-        if any(p.logprobs for p in params):
-            values = token_logprobs(logits_NV, tokens_N).tolist()
-            logprobs = [v if p.logprobs else None for v, p in zip(values, params, strict=True)]
-        return StepResult(tokens_N.tolist(), logprobs)
+        if "candidate_ids" in host:
+            columns = zip(host["candidate_ids"], host["candidate_logprobs"], host["candidate_raw"], strict=True)
+            for i, (ids, logprobs, raw) in zip(_beams(step.draws), columns, strict=True):
+                result.candidates[i] = [Candidate(*c) for c in zip(ids, logprobs, raw, strict=True)]
+        if step.prompt is not None:
+            none: TopLogprobs = []
+            tops = _pairs(host["prompt_ids"], host["prompt_top"]) if "prompt_ids" in host else itertools.repeat(none)
+            values = zip(host["prompt"], tops, strict=False)
+            for entry, n in step.prompt.spans:
+                result.prompt_logprobs[entry] = [PromptLogprob(*v) for v in itertools.islice(values, n)]
+        return result
+
+    def _draw(
+        self, draws: Draws, raw_NV: torch.Tensor, allowed: torch.Tensor | None, out: dict[str, torch.Tensor]
+    ) -> None:
+        batch = draws.batch(self._state, allowed)
+        processed_NV = process_logits(raw_NV, batch)
+        tokens_N = sample(processed_NV, batch)
+        draws.store(self._state, tokens_N)
+        out["tokens"] = tokens_N
+        asked = [seq.params.logprobs for seq in draws.seqs if seq.params.logprobs is not None]
+        if asked:
+            out["logprobs"] = token_logprobs(raw_NV, tokens_N)
+            if max(asked):
+                out["top_logprobs"], out["top_ids"] = top_logprobs(raw_NV, min(max(asked), raw_NV.shape[1]))
+        beams = _beams(draws)
+        if beams:
+            k = max(draws.seqs[i].group.num_candidates for i in beams)  # type: ignore[union-attr]
+            own = slice(None) if len(beams) == len(draws.seqs) else beams
+            values, ids = top_logprobs(processed_NV[own], min(k, raw_NV.shape[1]))
+            out["candidate_logprobs"], out["candidate_ids"] = values, ids
+            out["candidate_raw"] = raw_NV[own].log_softmax(dim=-1).gather(-1, ids)
+
+    def _prompt_rows(self, plan: StepPlan) -> tuple[_PromptRows | None, list[int]]:
+        spans: list[tuple[int, int]] = []
+        rows: list[int] = []
+        targets: list[int] = []
+        top = first = 0
+        for i, entry in enumerate(plan.entries):
+            seq = entry.seq
+            if seq.params.prompt_logprobs is not None and not seq.said:
+                n = min(entry.start + entry.num_query_tokens, seq.num_prompt_tokens - 1) - entry.start
+                if n > 0:
+                    spans.append((i, n))
+                    rows += range(first, first + n)
+                    targets += seq.token_ids[entry.start + 1 : entry.start + 1 + n]
+                    top = max(top, seq.params.prompt_logprobs)
+            first += entry.num_query_tokens
+        return (_PromptRows(spans, self._upload(targets, np.int64), top) if spans else None), rows
 
 
-def _sampling_batch(
-    params: list[SamplingParams], positions: list[int], vocab_size: int, device: torch.device
-) -> SamplingBatch:
-    random = [p for p in params if p.temperature > 0]
-    return SamplingBatch(
-        temperature_N=torch.tensor([p.temperature for p in params], dtype=torch.float32, device=device),
-        top_k_N=torch.tensor([p.top_k or vocab_size for p in params], device=device),
-        top_p_N=torch.tensor([p.top_p for p in params], dtype=torch.float32, device=device),
-        seed_N=torch.tensor([_signed(p.seed or 0) for p in params], dtype=torch.int64, device=device),
-        position_N=torch.tensor(positions, dtype=torch.int64, device=device),
-        any_random=bool(random),
-        any_filter=any(p.top_k or p.top_p < 1 for p in random),
-    )
+def _prompt_logprobs(logits_PV: torch.Tensor, prompt: _PromptRows, out: dict[str, torch.Tensor]) -> None:
+    out["prompt"] = token_logprobs(logits_PV, prompt.targets_P)
+    if prompt.top:
+        out["prompt_top"], out["prompt_ids"] = top_logprobs(logits_PV, min(prompt.top, logits_PV.shape[1]))
 
 
-def _signed(seed: int) -> int:
-    """The int64 with the same 64 bits."""
-    return seed - 2**64 if seed >= 2**63 else seed
+def _beams(draws: Draws | None) -> list[int]:
+    return [] if draws is None else [i for i, seq in enumerate(draws.seqs) if seq.group is not None]
+
+
+def _pairs(ids: list[list[int]], values: list[list[float]]) -> list[TopLogprobs]:
+    return [list(zip(a, b, strict=True)) for a, b in zip(ids, values, strict=True)]

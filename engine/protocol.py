@@ -63,7 +63,7 @@ class StepMessage(msgspec.Struct, frozen=True, array_like=True):
     events: list[Event]
 
 
-class RankStatus(msgspec.Struct, frozen=True):
+class RankStatus(msgspec.Struct, frozen=True, tag="rank_status"):
     """One rank's state after a step; `error` is set when it is about to die."""
 
     rank: int

@@ -1,43 +1,23 @@
 """Which tokens the next step computes.
 
-Every step: one token of each decoding sequence first, then chunks of prompts up to `max_num_batched_tokens`, so that a
-long prompt never stalls running streams. A waiting request is admitted, in order of arrival, when the pool has
-blocks for all its tokens; it then owns them, so that only decoding ever asks for more. When decoding finds no free
-block, the sequence that was admitted last gives back its own and waits at the head of the queue; later it
-recomputes what it had (its tokens are kept). Every rank runs this on the same events and reaches the same plan.
+Every step: one token of each decoding sequence first (and drafts for it), then chunks of prompts up to
+`max_num_batched_tokens`, so that a long prompt never stalls running streams. A waiting sequence is admitted, in order
+of (priority, arrival), when a row is free and the pool has blocks for all its tokens that the prefix cache lacks; it
+then owns them, so that only decoding ever asks for more. When decoding finds no free block, the running sequence that
+is last in that order gives back its own and waits; later it recomputes what it had (its tokens are kept).
+
+A plan may be made before the tokens of the one before it are known (`num_pending`), unless `must_wait`. Every rank runs
+this on the same events and reaches the same plans.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections import deque
-
 from tpserve.engine.block_pool import BlockPool
+from tpserve.engine.config import EngineConfig
+from tpserve.engine.prompt_lookup import PromptLookup
+from tpserve.engine.residency import Residency
 from tpserve.engine.sequence import Sequence
-
-
-@dataclasses.dataclass(frozen=True)
-class ScheduledSequence:
-    """A sequence's part in a step.
-
-    Attributes:
-        seq: the sequence; its `num_computed_tokens` is still that before the step.
-        num_query_tokens: tokens to compute.
-        samples: whether they are all that was missing, so that the step samples its next token.
-    """
-
-    seq: Sequence
-    num_query_tokens: int
-    samples: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class FinishedToken:
-    """What one sampled token meant: `token_id` is None when it only stopped the sequence (EOS or a stop token)."""
-
-    seq: Sequence
-    token_id: int | None
-    finish_reason: str | None
+from tpserve.engine.step import Progress, ScheduledSequence, StepPlan, StepResult
 
 
 class Scheduler:
@@ -45,136 +25,237 @@ class Scheduler:
 
     Args:
         pool: the KV blocks.
-        block_size: tokens a block.
-        max_num_seqs: sequences that may run at once.
-        max_num_batched_tokens: tokens of a step; at least max_num_seqs.
+        config: sizes and switches.
+
+    Attributes:
+        prefix_queries, prefix_hits: tokens of admitted prompts, and how many of them the prefix cache had.
+        num_draft_tokens, num_accepted_tokens: totals.
     """
 
-    def __init__(self, pool: BlockPool, *, block_size: int, max_num_seqs: int, max_num_batched_tokens: int) -> None:
-        assert max_num_batched_tokens >= max_num_seqs, "every running sequence must be able to decode"
-        self.pool = pool
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []  # in order of admission
-        self.num_preemptions = 0
-        self._block_size = block_size
-        self._max_num_seqs = max_num_seqs
-        self._max_num_batched_tokens = max_num_batched_tokens
+    def __init__(self, pool: BlockPool, config: EngineConfig) -> None:
+        self.residency = Residency(pool, config)
+        self.prefix_queries = self.prefix_hits = 0
+        self.num_draft_tokens = self.num_accepted_tokens = 0
+        self._pool = pool
+        self._config = config
+        self._plan = StepPlan()  # the next one: what beams decide between steps goes into it
+
+    @property
+    def running(self) -> list[Sequence]:
+        """Sequences that hold blocks."""
+        return self.residency.running
+
+    @property
+    def waiting(self) -> list[Sequence]:
+        """Sequences that do not."""
+        return self.residency.waiting
 
     @property
     def has_work(self) -> bool:
         """Whether any sequence is waiting or running."""
         return bool(self.waiting or self.running)
 
+    @property
+    def must_wait(self) -> bool:
+        """Whether the next plan needs the tokens of the step under way.
+
+        Beams are chosen and drafts are guessed from them; and a sequence can be preempted only when all its tokens are
+        known, which is never asked for while each running one could get a block.
+        """
+        if self.residency.num_groups or self._config.num_speculative_tokens or not self._config.async_scheduling:
+            return True
+        return self._pool.num_free < len(self.running)
+
     def add(self, seq: Sequence) -> None:
         """Queues a sequence; the caller has checked that the whole pool could hold `seq.max_tokens`."""
-        assert self._blocks_for(seq.max_tokens) <= self.pool.num_blocks, f"{seq.request_id} can never run"
-        self.waiting.append(seq)
+        self.residency.add(seq)
 
-    def cancel(self, request_id: str) -> None:
-        """Drops a sequence; unknown ids are ignored."""
-        for seq in self.running:
-            if seq.request_id == request_id:
-                self._end(seq)
+    def cancel(self, request_id: str, index: int | None = None) -> None:
+        """Drops a request, or one of its answers; unknown ones are ignored."""
+        for seq in self.residency.find(request_id):
+            if seq.group is not None:
+                if index is None:  # a hypothesis has no index before the end
+                    self.residency.end_group(seq)
                 return
-        self.waiting = deque(seq for seq in self.waiting if seq.request_id != request_id)
+            while not seq.finished and (index is None or seq.index == index):
+                self.residency.end(seq)
 
-    def schedule(self) -> list[ScheduledSequence]:
-        """Plans a step and takes the blocks it needs; sequences with one query token come first."""
-        preempted_before = self.num_preemptions
-        decoding = self._make_room_for_decoding()
-        plan = [ScheduledSequence(seq, 1, samples=True) for seq in decoding]
-        budget = self._max_num_batched_tokens - len(plan)
-        for seq in self.running:
-            if budget and seq.num_uncomputed_tokens > 1:
-                budget -= self._append(plan, seq, budget)
-        if self.num_preemptions == preempted_before:  # else what was just taken would be given away again
-            while budget and self._admit():
-                budget -= self._append(plan, self.running[-1], budget)
-        plan.sort(key=lambda s: s.num_query_tokens > 1)
+    def schedule(self) -> StepPlan:
+        """Plans a step and takes the blocks it needs; empty while all that runs waits for its last token."""
+        plan, self._plan = self._plan, StepPlan()
+        preemptions = self.residency.num_preemptions
+        self._decode(plan)
+        budget = self._config.max_num_batched_tokens - plan.num_tokens
+        for seq in self.running.copy():
+            if seq.num_uncomputed_tokens > 1 or seq.children:
+                budget -= self._prefill(plan, seq, budget)
+        if self.residency.num_preemptions == preemptions:  # else what was just taken would be given away again
+            # One block more for each running sequence, or it would soon be preempted.
+            self._admit(plan, budget, headroom=len(self.running))
+        while not plan.entries and self.waiting and not any(seq.num_pending for seq in self.running):
+            # All that runs are beams that wait for one that was preempted: the oldest search goes first.
+            self._admit(plan, budget, headroom=0)
+            if not plan.entries:
+                self.residency.preempt_last()
+        plan.entries.sort(key=lambda entry: entry.num_query_tokens > 1)
         return plan
 
-    def update(self, plan: list[ScheduledSequence], tokens: list[int]) -> list[FinishedToken]:
-        """Takes in the step's result.
-
-        Args:
-            plan: as `schedule` returned it.
-            tokens: one sampled token for each entry with `samples`, in order.
-
-        Returns:
-            what each sampled token meant, in the same order.
-        """
-        results = []
-        sampled = iter(tokens)
-        for entry in plan:
-            seq = entry.seq
-            seq.num_computed_tokens += entry.num_query_tokens
-            if not entry.samples:
+    def _decode(self, plan: StepPlan) -> None:
+        spare = self._config.max_num_batched_tokens - len(self.running)  # for drafts
+        for seq in self.running.copy():
+            if seq.num_uncomputed_tokens != 1 or seq.children or seq.num_tokens >= seq.max_tokens:
                 continue
-            token = next(sampled)
+            if seq.row is None:  # preempted for one before it, and so are all after it
+                break
+            drafts = self._guess(seq, spare) if self._config.num_speculative_tokens else []
+            if not self.residency.cover(seq, drafts, plan):
+                break
+            start, n = seq.num_computed_tokens, 1 + len(drafts)
+            plan.entries.append(ScheduledSequence(seq, start, n, (seq,), drafts))
+            if drafts:
+                spare -= len(drafts)
+                plan.writes += [(seq, start + 1 + i, token) for i, token in enumerate(drafts)]
+            seq.num_computed_tokens = start + n
+            seq.num_pending += seq.group is None
+
+    def _guess(self, seq: Sequence, spare: int) -> list[int]:
+        """Drafts for the next tokens, as many as may still count and the grammar allows."""
+        # Beams are compared at every token, and a decaying top_p depends on the tokens drawn.
+        if seq.group is not None or seq.params.top_p_decay < 1:
+            return []
+        if seq.lookup is None:
+            seq.lookup = PromptLookup(self._config.prompt_lookup_max, self._config.prompt_lookup_min)
+        limit = min(self._config.num_speculative_tokens, seq.max_tokens - seq.num_tokens - 1, spare)
+        drafts = seq.lookup.propose(seq.token_ids, limit) if limit > 0 else []
+        if seq.matcher is not None:
+            allowed = 0
+            while allowed < len(drafts) and seq.matcher.advance(drafts[allowed]):
+                allowed += 1
+            seq.matcher.rollback(allowed)
+            del drafts[allowed:]
+        return drafts
+
+    def _prefill(self, plan: StepPlan, seq: Sequence, budget: int) -> int:
+        """Plans the next chunk of a sequence; returns its tokens."""
+        n = seq.num_uncomputed_tokens
+        if self._config.enable_chunked_prefill:
+            n = min(n, budget)
+        elif n > budget and any(entry.num_query_tokens > 1 for entry in plan.entries):
+            n = 0
+        if n <= 0:
+            return 0
+        start, seq.num_computed_tokens = seq.num_computed_tokens, seq.num_computed_tokens + n
+        self.residency.register(seq)
+        samples: tuple[Sequence, ...] = ()
+        if seq.num_uncomputed_tokens == 0:
+            samples = (seq, *seq.children)
+            for child in seq.children:  # the other answers begin where the prompt ends
+                self.residency.join(child, seq, plan)
+            seq.children = []
+            for one in samples:
+                one.num_pending += one.group is None
+        plan.entries.append(ScheduledSequence(seq, start, n, samples, []))
+        return n
+
+    def _admit(self, plan: StepPlan, budget: int, headroom: int) -> None:
+        """Moves waiting sequences to `running` while there is room for them, and `headroom` blocks are left free."""
+        while self.waiting and budget > 0:
+            seq = self.waiting[0]
+            cached = self.residency.cached_blocks(seq)
+            if not self.residency.can_enter(seq, cached, headroom if self.running else 0):
+                break
+            self.residency.enter(seq, cached, plan)
+            if not seq.admitted:
+                seq.admitted, seq.num_cached_tokens = True, seq.num_computed_tokens
+                self.prefix_queries += seq.num_prompt_tokens
+                self.prefix_hits += seq.num_computed_tokens
+                plan.scheduled.append(seq.request_id)
+            n = self._prefill(plan, seq, budget)
+            budget -= n
+            headroom += 1
+            if n == 0:
+                break
+
+    def update(self, plan: StepPlan, result: StepResult) -> list[Progress]:
+        """Takes in what the step drew, and ends what is complete; what ended meanwhile is left out."""
+        progress: list[Progress] = []
+        draw = 0
+        for entry in plan.entries:
+            for seq in entry.samples:
+                first, draw = draw, draw + 1 + len(entry.drafts)
+                if seq.finished:
+                    continue
+                if seq.group is None:
+                    done = self._accept(entry, seq, first, result.tokens)
+                    progress.append(done)
+                    if done.finish_reason is not None:
+                        self.residency.end(seq)
+                elif seq.group.offer(seq, result.candidates[first]) and not self._branch(seq):
+                    progress.append(Progress(seq, [], first, "stop"))
+                    self.residency.end_group(seq)
+        return progress
+
+    def _accept(self, entry: ScheduledSequence, seq: Sequence, first: int, tokens: list[int]) -> Progress:
+        """Appends what was drawn, drafts as long as they agree with it."""
+        seq.num_pending -= 1
+        new: list[int] = []
+        reason = error = None
+        for i in range(len(entry.drafts) + 1):
+            token = tokens[first + i]
             reason = seq.finish_reason_after(token)
-            stops = reason == "stop"
-            if not stops:
+            if reason != "stop":
+                if seq.matcher is not None and not seq.matcher.advance(token):
+                    reason, error = "error", "bad_words, logit_bias or min_tokens forbid all that the grammar allows"
+                    break
+                new.append(token)
                 seq.token_ids.append(token)
-            if reason is not None:
-                self._end(seq)
-            results.append(FinishedToken(seq, None if stops else token, reason))
-        return results
+                if seq.matcher is not None and seq.matcher.finished:
+                    error = seq.matcher.error
+                    reason = "stop" if error is None else "error"
+            if reason is not None or i == len(entry.drafts) or token != entry.drafts[i]:
+                break
+        if entry.drafts:
+            self.num_draft_tokens += len(entry.drafts)
+            self.num_accepted_tokens += i
+            seq.num_computed_tokens = entry.start + len(new)  # what was computed for other drafts does not count
+        if seq.num_computed_tokens // self._config.block_size > seq.num_registered:
+            self.residency.register(seq)
+        return Progress(seq, new, first, reason, error)
+
+    def _branch(self, seq: Sequence) -> bool:
+        """Lets the best beams of a search go on; False: it is over."""
+        group = seq.group
+        assert group is not None
+        extensions = group.select()
+        if not extensions:
+            return False
+        parents = {extension.parent for extension in extensions}
+        for beam in group.beams:
+            if beam not in parents:
+                self.residency.end(beam)
+        beams = []
+        for extension in extensions:
+            parent = extension.parent
+            if parent in parents:  # its best extension goes on in its place, but only when its twins are made
+                parents.remove(parent)
+                beams.append(parent)
+                continue
+            twin = parent.fork(group.next_index, parent.seed)
+            group.next_index += 1
+            self.residency.join(twin, parent, self._plan)
+            beams.append(twin)
+        raw = [[*group.logprobs[e.parent], e.candidate.raw_logprob] for e in extensions]
+        for beam, extension in zip(beams, extensions, strict=True):
+            token = extension.candidate.token_id
+            beam.token_ids.append(token)
+            if beam.matcher is not None:
+                beam.matcher.advance(token)
+            self._plan.writes.append((beam, len(beam.token_ids) - 1, token))
+            self.residency.register(beam)
+        group.beams = {b: e.cumulative_logprob for b, e in zip(beams, extensions, strict=True)}
+        group.logprobs = dict(zip(beams, raw, strict=True))
+        return True
 
     def check_integrity(self) -> None:
         """Asserts what must hold between steps."""
-        self.pool.check_integrity([seq.block_table for seq in self.running])
-        assert all(not seq.block_table and seq.num_computed_tokens == 0 for seq in self.waiting)
-        assert len(self.running) <= self._max_num_seqs
-        for seq in self.running:
-            assert 0 <= seq.num_computed_tokens < seq.num_tokens
-            assert len(seq.block_table) >= self._blocks_for(seq.num_computed_tokens)
-
-    def _make_room_for_decoding(self) -> list[Sequence]:
-        """Gives every decoding sequence the block for its next token, preempting from the end of `running`."""
-        decoding = []
-        for seq in list(self.running):
-            if seq.num_uncomputed_tokens > 1:
-                continue
-            if not seq.block_table:  # was preempted for a sequence before it
-                break
-            missing = self._blocks_for(seq.num_tokens) - len(seq.block_table)
-            while missing > self.pool.num_free and seq.block_table:
-                self._preempt_last()
-            if not seq.block_table:
-                break
-            seq.block_table += self.pool.allocate(missing)
-            decoding.append(seq)
-        return decoding
-
-    def _preempt_last(self) -> None:
-        seq = self.running.pop()
-        self.pool.release(seq.block_table)
-        seq.block_table = []
-        seq.num_computed_tokens = 0
-        self.waiting.appendleft(seq)
-        self.num_preemptions += 1
-
-    def _admit(self) -> bool:
-        """Moves the first waiting sequence to `running` if its blocks are there, and one more for each running one."""
-        if not self.waiting or len(self.running) >= self._max_num_seqs:
-            return False
-        needed = self._blocks_for(self.waiting[0].num_tokens)
-        if needed + len(self.running) > self.pool.num_free and (self.running or needed > self.pool.num_free):
-            return False
-        seq = self.waiting.popleft()
-        seq.block_table = self.pool.allocate(needed)
-        self.running.append(seq)
-        return True
-
-    def _append(self, plan: list[ScheduledSequence], seq: Sequence, budget: int) -> int:
-        n = min(seq.num_uncomputed_tokens, budget)
-        plan.append(ScheduledSequence(seq, n, samples=n == seq.num_uncomputed_tokens))
-        return n
-
-    def _end(self, seq: Sequence) -> None:
-        self.running.remove(seq)
-        self.pool.release(seq.block_table)
-        seq.block_table = []
-
-    def _blocks_for(self, n_tokens: int) -> int:
-        return -(-n_tokens // self._block_size)
+        self.residency.check_integrity()

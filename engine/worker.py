@@ -16,7 +16,7 @@ from tpserve.engine.errors import ConfigError
 from tpserve.engine.group import build_core, choose_device, process_group
 from tpserve.engine.loop import follow, lead
 from tpserve.engine.process import LAUNCHER_PID, die_with_parent
-from tpserve.engine.protocol import Event, Failed, Outputs, Ready, Reply, RequestOutput
+from tpserve.engine.protocol import Event, Failed, Outputs, Ready, Reply
 from tpserve.model.checkpoint import CheckpointError
 
 EXIT_REFUSED = 3  # the configuration or the checkpoint cannot be served: a relaunch would not help
@@ -47,9 +47,9 @@ class ClientSocket:
             wait_ms = 0
         return events
 
-    def send_outputs(self, outputs: list[RequestOutput]) -> None:
+    def send_outputs(self, outputs: Outputs) -> None:
         """Sends one step's tokens."""
-        self.send(Outputs(outputs))
+        self.send(outputs)
 
     def send(self, reply: Reply) -> None:
         """Sends anything."""

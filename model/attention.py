@@ -1,7 +1,8 @@
 """Attention of a flat batch over the paged KV cache, by torch's scaled_dot_product_attention.
 
-Shape suffixes: T tokens of the step, S sequences, L keys of the longest of them, Q queries of one sequence, H query
-heads and K key/value heads of this rank, G = H / K, E head width.
+Shape suffixes: T tokens of the step, S sequences that decode, L keys of the longest of them, Q queries of one
+sequence, H query heads and K key/value heads of this rank, G = H / K, E head width, R rows of the batch state,
+B blocks of the longest sequence that can be.
 """
 
 from __future__ import annotations
@@ -15,19 +16,19 @@ import torch.nn.functional as F
 from tpserve.model.kv_cache import PagedKVCache
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class SequenceSlice:
     """The part of one sequence that a step computes.
 
     Attributes:
+        row: of its block table.
         num_computed_tokens: tokens whose keys and values are in the cache already.
         num_query_tokens: tokens computed now; they follow the computed ones.
-        block_table: the sequence's blocks, enough for both.
     """
 
+    row: int
     num_computed_tokens: int
     num_query_tokens: int
-    block_table: Sequence[int]
 
     @property
     def seq_len(self) -> int:
@@ -47,40 +48,56 @@ class PagedAttention:
 
     Sequences with one query token share one batched call over gathered keys, padded to the longest; every longer
     slice is its own call. A padded key is masked, so a sequence's result does not depend on its batch-mates beyond
-    float rounding.
+    float rounding. All of a layer's keys and values are written before any query reads: sequences of one step may share
+    blocks that this step fills.
 
     Args:
         cache: where keys and values live.
+        tables_RB: int64 block tables; only what a slice needs of its row is read.
+        rows_T, positions_T: int64; the table row and the position of each token.
         slices: the step's sequences in the order of their tokens; those with one query token come first.
     """
 
-    def __init__(self, cache: PagedKVCache, slices: Sequence[SequenceSlice]) -> None:
-        self._cache = cache
-        device = cache.k[0].device
-        tables = [torch.tensor(s.block_table, dtype=torch.int64) for s in slices]
-        slots = [_slots(t, cache.block_size, s.seq_len) for t, s in zip(tables, slices, strict=True)]
-        self._new_slots_T = torch.cat([t[s.num_computed_tokens :] for t, s in zip(slots, slices, strict=True)]).to(
-            device
-        )
+    def __init__(
+        self,
+        cache: PagedKVCache,
+        tables_RB: torch.Tensor,
+        rows_T: torch.Tensor,
+        positions_T: torch.Tensor,
+        slices: Sequence[SequenceSlice],
+    ) -> None:
+        self._cache, self._tables_RB = cache, tables_RB
+        device, size = tables_RB.device, cache.block_size
+        blocks_T = tables_RB[rows_T, positions_T // size]
+        self._new_slots_T = blocks_T * size + positions_T % size
         self._num_decodes = next((i for i, s in enumerate(slices) if s.num_query_tokens > 1), len(slices))
         if self._num_decodes:
-            lengths = torch.tensor([s.seq_len for s in slices[: self._num_decodes]])
-            padded_SL = torch.nn.utils.rnn.pad_sequence(slots[: self._num_decodes], batch_first=True)
-            mask_SL = torch.arange(padded_SL.shape[1]) < lengths[:, None]
+            decodes = slice(0, self._num_decodes)
+            lengths = [s.seq_len for s in slices[decodes]]
+            slots_SL = self._slots(rows_T[decodes], max(lengths))
+            mask_SL = torch.arange(max(lengths), device=device) <= positions_T[decodes, None]
             # A masked key still multiplies its value by 0, and 0 · inf is nan: pad with the sequence's own first slot,
             # never with one that somebody else may have filled.
-            self._decode_slots_SL = torch.where(mask_SL, padded_SL, padded_SL[:, :1]).to(device)
-            self._decode_mask_S11L = None if bool(mask_SL.all()) else mask_SL[:, None, None].to(device)
+            self._decode_slots_SL = torch.where(mask_SL, slots_SL, slots_SL[:, :1])
+            self._decode_mask_S11L = None if min(lengths) == max(lengths) else mask_SL[:, None, None]
         self._prefills: list[_Prefill] = []
         start = self._num_decodes
-        for s, slots_L in zip(slices[self._num_decodes :], slots[self._num_decodes :], strict=True):
+        for s in slices[self._num_decodes :]:
             assert s.num_query_tokens > 1, "slices with one query token must come first"
+            rows = slice(start, start + s.num_query_tokens)
+            slots_L = self._slots(rows_T[start : start + 1], s.seq_len)[0]
             mask_QL = None
             if s.num_computed_tokens:
-                queries = torch.arange(s.num_computed_tokens, s.seq_len)
-                mask_QL = (torch.arange(s.seq_len) <= queries[:, None]).to(device)
-            self._prefills.append(_Prefill(slice(start, start + s.num_query_tokens), slots_L.to(device), mask_QL))
+                mask_QL = torch.arange(s.seq_len, device=device) <= positions_T[rows, None]
+            self._prefills.append(_Prefill(rows, slots_L, mask_QL))
             start += s.num_query_tokens
+
+    def _slots(self, rows_S: torch.Tensor, length: int) -> torch.Tensor:
+        """The slots of the first `length` positions of some rows, int64 [S, length]."""
+        size = self._cache.block_size
+        blocks_SB = self._tables_RB[rows_S, : -(-length // size)]
+        offsets = torch.arange(size, device=blocks_SB.device)
+        return (blocks_SB[:, :, None] * size + offsets).flatten(1)[:, :length]
 
     def __call__(self, layer: int, q_THE: torch.Tensor, k_TKE: torch.Tensor, v_TKE: torch.Tensor) -> torch.Tensor:
         """Writes the step's keys and values, then attends; [T, H, E] in and out."""
@@ -111,9 +128,3 @@ def _attend_one(q_QHE: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tenso
         q_HQE, k_KLE, v_KLE, attn_mask=p.mask_QL, is_causal=p.mask_QL is None, enable_gqa=True
     )
     return out[0].transpose(0, 1)
-
-
-def _slots(block_table: torch.Tensor, block_size: int, n_tokens: int) -> torch.Tensor:
-    """The slots of a sequence's first `n_tokens` tokens, int64 [n_tokens]."""
-    slots = block_table[:, None] * block_size + torch.arange(block_size)
-    return slots.flatten()[:n_tokens]

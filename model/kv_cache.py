@@ -32,6 +32,16 @@ class PagedKVCache:
         self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layers)]
         self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layers)]
 
+    def copy_blocks(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
+        """Copies whole blocks, in every layer.
+
+        Args:
+            sources, targets: int64 block numbers, pairwise; no target is a source.
+        """
+        for tensor in (*self.k, *self.v):
+            blocks = tensor.view(self.num_blocks, self.block_size, *tensor.shape[1:])
+            blocks[targets] = blocks[sources]
+
 
 def bytes_per_block(n_layers: int, block_size: int, n_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
     """Bytes that one block takes on a rank: keys and values of `block_size` tokens in every layer."""

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tpserve.engine.protocol import (
     Add,
     Cancel,
+    Choice,
     Event,
     Failed,
     Heartbeat,
@@ -28,7 +29,7 @@ from tpserve.engine.protocol import (
 from tpserve.engine.sampling_params import SamplingParams
 
 EVENTS: list[Event] = [
-    Add("a", [1, 2], SamplingParams(seed=2**64 - 1, stop_token_ids=(3,)), [7]),
+    Add("a", [1, 2], SamplingParams(seed=2**64 - 1, stop_token_ids=(3,)), [Choice(1, [7])], -2),
     Cancel("b"),
     Report(3),
     Stop(),

@@ -30,6 +30,9 @@ def test_chunks_in_any_batch_equal_the_whole(lengths: list[int], block_size: int
     needed = [-(-n // block_size) for n in lengths]
     order = torch.randperm(sum(needed) + 3).tolist()
     tables = [[order.pop() for _ in range(n)] for n in needed]
+    padded = torch.zeros(len(lengths), max(needed), dtype=torch.int64)
+    for i, table in enumerate(tables):
+        padded[i, : len(table)] = torch.tensor(table)
     cache = PagedKVCache(
         1, sum(needed) + 3, block_size, KV_HEADS, WIDTH, dtype=torch.float32, device=torch.device("cpu")
     )
@@ -43,13 +46,15 @@ def test_chunks_in_any_batch_equal_the_whole(lengths: list[int], block_size: int
         chosen = sorted((i for i, n in enumerate(take) if n), key=lambda i: take[i] > 1)
         if not chosen:
             continue
-        slices = [SequenceSlice(done[i], take[i], tables[i]) for i in chosen]
+        slices = [SequenceSlice(i, done[i], take[i]) for i in chosen]
+        flat_rows = torch.tensor([i for i in chosen for _ in range(take[i])])
+        positions = torch.tensor([p for i in chosen for p in range(done[i], done[i] + take[i])])
         rows = [slice(done[i], done[i] + take[i]) for i in chosen]
 
         def flat(x: list[torch.Tensor], chosen: list[int] = chosen, rows: list[slice] = rows) -> torch.Tensor:
             return torch.cat([x[i][r] for i, r in zip(chosen, rows, strict=True)])
 
-        result = PagedAttention(cache, slices)(0, flat(q), flat(k), flat(v))
+        result = PagedAttention(cache, padded, flat_rows, positions, slices)(0, flat(q), flat(k), flat(v))
         for i, r, part in zip(chosen, rows, result.split([take[i] for i in chosen]), strict=True):
             out[i][r] = part
             done[i] += take[i]
