@@ -74,6 +74,56 @@ def test_cancelled_requests_give_their_blocks_back(client: EngineClient) -> None
     assert all(stream.finish_reason is None for stream in streams)
 
 
+def test_answers_of_one_request(client: EngineClient) -> None:
+    how = {"max_new_tokens": 30, "ignore_eos": True, "temperature": 1.0, "seed": 5, "logprobs": 1}
+    alone = Collected(client, PROMPTS[3], **how).wait()
+    together = Collected(client, PROMPTS[3], **how, n=3)
+    assert together.wait() == alone  # answer 0 has the request's seed
+    assert sorted(together.answers) == [0, 1, 2]
+    assert len({tuple(ids) for ids in together.answers.values()}) == 3
+    assert together.finish_reasons == {0: "length", 1: "length", 2: "length"}
+    again = Collected(client, PROMPTS[3], **how, n=3)
+    assert (again.wait(), again.answers) == (alone, together.answers)
+    assert_idle(client)
+
+
+def test_one_answer_can_be_cancelled(client: EngineClient) -> None:
+    stream = Collected(client, [5, 6], max_new_tokens=150, ignore_eos=True, temperature=1.0, n=2)
+    stream.wait_tokens(5)
+    client.cancel(stream.request_id, 1)
+    stream.wait_tokens(150)
+    assert len(stream.answers[1]) < 150
+    assert stream.finish_reasons == {0: "length"}
+    assert_idle(client)
+
+
+def test_a_deadline_frees_the_blocks(client: EngineClient) -> None:
+    stream = Collected(client, [5, 6], max_new_tokens=240, ignore_eos=True, timeout_s=0.05)
+    assert len(stream.wait()) < 240
+    assert stream.finish_reason == "timeout"
+    assert_idle(client)
+
+
+def test_a_trace_of_every_rank(client: EngineClient) -> None:
+    stream = Collected(client, [5, 6], max_new_tokens=200, ignore_eos=True)
+    traces = client.trace(10)
+    client.cancel(stream.request_id)
+    assert [trace.rank for trace in traces] == [0, 1]
+    assert all(span.rank == trace.rank and span.duration_ns >= 0 for trace in traces for span in trace.spans)
+    assert all(trace.spans for trace in traces)
+    assert_idle(client)
+
+
+def test_what_prometheus_is_told(client: EngineClient) -> None:
+    Collected(client, PROMPTS[4], max_new_tokens=20, ignore_eos=True).wait()
+    text = client.metrics.text().decode()
+    counts = {line.split()[0]: float(line.split()[1]) for line in text.splitlines() if not line.startswith("#")}
+    assert counts["tpserve:generation_tokens_total"] >= 20
+    assert counts["tpserve:time_to_first_token_seconds_count"] >= 1
+    assert counts["tpserve:request_queue_time_seconds_count"] >= 1
+    assert counts['tpserve:request_success_total{finished_reason="length"}'] >= 1
+
+
 def test_stop_tokens_end_a_request_and_are_withheld(client: EngineClient) -> None:
     ids = Collected(client, [9, 8, 7], max_new_tokens=20, ignore_eos=True).wait()
     stop = ids[10]

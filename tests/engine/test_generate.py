@@ -96,6 +96,36 @@ def test_lines_keep_their_order_and_bad_ones_their_place(tiny_checkpoint: Path, 
     assert not out.with_name("out.jsonl.partial").exists()
 
 
+def test_several_answers_and_ends_that_are_found_in_the_text(tmp_path: Path) -> None:
+    folder = convert(shared_data("stories260K") / "mp1", tmp_path / "model", progress=False)
+    prompt = "Once upon a time"
+    prompts = write_jsonl(
+        tmp_path / "in.jsonl",
+        [
+            {"prompt": prompt, "temperature": 1.0, "seed": 3, "n": 2, "cum_log_probs": True},
+            {"prompt": prompt, "max_tokens": 60},
+            {"prompt": prompt, "max_tokens": 60, "stop": ["was", "."], "echo": True},
+            {"prompt": prompt, "best_of": 3, "temperature": 1.0, "seed": 3},
+            {"prompt": prompt, "n": 500},
+            {"prompt": prompt, "timeout_s": 0.001, "max_tokens": 400, "ignore_eos": True},
+        ],
+    )
+    out = tmp_path / "out.jsonl"
+    done = run(1, folder, prompts, out, "--max_seq_len", "512", "--max_new_tokens", "9", "--stop_token_ids", "500,501")
+    assert done.returncode == 0, done.stderr
+    two, plain, stopped, best, refused, late = read_jsonl(out)
+    assert [choice["index"] for choice in two["choices"]] == [0, 1]
+    assert all(len(c["ids"]) <= 9 and c["cumulative_logprob"] < 0 for c in two["choices"])
+    assert two["choices"][0]["ids"] != two["choices"][1]["ids"]
+    assert two["usage"]["completion_tokens"] == sum(len(choice["ids"]) for choice in two["choices"])
+    whole = prompt + plain["text"] if plain["text"].startswith((" ", ",")) else f"{prompt} {plain['text']}"
+    cut = min(at for stop in ("was", ".") if (at := whole.find(stop)) >= 0)
+    assert (stopped["text"], stopped["finish_reason"]) == (whole[:cut], "stop")
+    assert set(best) == {"text", "ids", "finish_reason", "usage"}
+    assert refused["error"]["field"] == "n"
+    assert late["finish_reason"] == "timeout"
+
+
 def test_an_interrupted_batch_goes_on_where_it_was(tiny_checkpoint: Path, tmp_path: Path) -> None:
     lines = [{"prompt_token_ids": [3 + i], "max_new_tokens": 10 + 3 * i, "ignore_eos": True} for i in range(60)]
     prompts = write_jsonl(tmp_path / "in.jsonl", lines)
@@ -135,7 +165,10 @@ def test_a_journal_of_another_input_is_not_believed(tmp_path: Path) -> None:
     ("options", "message"),
     [
         (("--max_sek_len", "3"), "did you mean 'max_seq_len'"),
+        (("--temprature", "1"), "did you mean 'temperature'"),
         (("--temperature", "-1"), "temperature"),
+        (("--max_tokens", "0"), "max_tokens: max_new_tokens must be at least 1"),
+        (("--stop", "x"), "no tokenizer"),
         (("--max_seq_len", "0"), "max_seq_len"),
         (("--tensor_parallel_size", "2"), "torchrun --nproc-per-node 2"),
     ],

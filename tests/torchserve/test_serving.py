@@ -148,6 +148,46 @@ def test_too_many_requests_are_told_to_come_back(server: Server) -> None:
     assert len({answer.body for answer in answers if answer.status == 200}) == 1
 
 
+def test_two_answers_of_one_request(server: Server) -> None:
+    body = {"prompt": PROMPT, "max_tokens": 12, "temperature": 1.0, "seed": 1, "n": 2, "ignore_eos": True}
+    lines = server.post(body).lines
+    single = server.post({**body, "stream": False}).json
+    for index, choice in enumerate(single["choices"]):
+        of_answer = [line for line in lines if line["index"] == index]
+        assert [i for line in of_answer for i in line["ids"]] == choice["ids"]
+        assert "".join(line["text"] for line in of_answer) == choice["text"]
+        assert of_answer[-1]["finish_reason"] == choice["finish_reason"] == "length"
+    assert lines[-1]["usage"] == single["usage"]
+    assert single["usage"]["completion_tokens"] == 24
+
+
+def test_the_end_that_a_stop_string_makes(server: Server) -> None:
+    plain = server.post({**LONG, "stream": False}).json
+    stop = plain["text"][40:44]
+    stopped = server.post({**LONG, "stop": stop})
+    assert "".join(line["text"] for line in stopped.lines) == plain["text"][: plain["text"].find(stop)]
+    assert stopped.lines[-1]["finish_reason"] == "stop"
+
+
+def test_a_deadline(server: Server) -> None:
+    answer = server.post({**LONG, "max_new_tokens": 480, "timeout_s": 0.1, "stream": False})
+    assert (answer.status, answer.json["finish_reason"]) == (200, "timeout")
+    assert len(answer.json["ids"]) < 480
+
+
+def test_metrics_and_a_trace(server: Server) -> None:
+    with ThreadPoolExecutor() as pool:
+        running = pool.submit(server.post, LONG)
+        trace = server.get("1.0/trace/20")
+        whole(running.result())
+    spans = [event for event in trace.json["traceEvents"] if event["ph"] == "X"]
+    assert {span["pid"] for span in spans} == {0, 1}
+    metrics = server.get("1.0/metrics")
+    assert metrics.headers["content-type"].startswith("text/plain; version=0.0.4")
+    assert b"tpserve:time_to_first_token_seconds_count" in metrics.body
+    assert server.get("1.0/trace/none").status == 400
+
+
 def test_health_and_unknown_paths(server: Server) -> None:
     health = server.get("1.0/health")
     assert (health.status, health.json["status"], health.json["tensor_parallel_size"]) == (200, "ready", 2)
