@@ -6,10 +6,8 @@ asks; so there the device is a thread of its own.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
-from concurrent.futures import Future
-from queue import SimpleQueue
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
 import torch
@@ -29,8 +27,7 @@ class StreamQueue:
     def submit(self, job: Callable[[], Any]) -> Future[Any]:
         """See `DeviceQueue`."""
         future: Future[Any] = Future()
-        with torch.inference_mode():
-            future.set_result(job())
+        future.set_result(_in_inference_mode(job))
         return future
 
 
@@ -38,24 +35,16 @@ class ThreadQueue:
     """CPU: a thread that computes."""
 
     def __init__(self) -> None:
-        self._jobs: SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = SimpleQueue()
-        threading.Thread(target=self._run, name="tpserve-device", daemon=True).start()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tpserve-device")
 
     def submit(self, job: Callable[[], Any]) -> Future[Any]:
         """See `DeviceQueue`."""
-        future: Future[Any] = Future()
-        self._jobs.put((job, future))
-        return future
+        return self._thread.submit(_in_inference_mode, job)
 
-    @torch.inference_mode()
-    def _run(self) -> None:
-        while True:
-            job, future = self._jobs.get()
-            try:
-                future.set_result(job())
-            except BaseException as e:  # noqa: BLE001  # whoever waits for the result must hear of it
-                future.set_exception(e)
-            del job, future  # or the last step's tensors would live until the next
+
+def _in_inference_mode(job: Callable[[], Any]) -> Any:
+    with torch.inference_mode():
+        return job()
 
 
 def device_queue(device: torch.device) -> DeviceQueue:

@@ -79,27 +79,27 @@ class ModelRunner:
 
     def launch(self, plan: StepPlan) -> Step:
         """Starts the network on a plan; `draw` must follow."""
-        rows: list[int] = []
-        positions: list[int] = []
-        draw_rows: list[int] = []
-        draw_positions: list[int] = []
-        drawing = []
-        slices = []
-        for entry in plan.entries:
-            row, start, n = entry.seq.row, entry.start, entry.num_query_tokens
-            assert row is not None, "a sequence was planned that holds no row"
-            slices.append(SequenceSlice(row, start, n))
-            if n == 1:
-                rows.append(row)
-                positions.append(start)
-            else:
-                rows += itertools.repeat(row, n)
-                positions += range(start, start + n)
+        # Hundreds of decoding sequences are the common case: what they need is gathered without a loop over them.
+        num_decodes = sum(entry.num_query_tokens == 1 and len(entry.samples) == 1 for entry in plan.entries)
+        decodes, others = plan.entries[:num_decodes], plan.entries[num_decodes:]
+        drawing = [entry.seq for entry in decodes]
+        rows = [seq.row for seq in drawing]
+        positions = [entry.start for entry in decodes]
+        draw_positions = [position + 1 for position in positions]
+        decode_lens = draw_positions.copy()
+        draw_rows = list(range(num_decodes))
+        prefills = []
+        for entry in others:
+            start, n = entry.start, entry.num_query_tokens
+            prefills.append(SequenceSlice(start, n))
+            rows += itertools.repeat(entry.seq.row, n)
+            positions += range(start, start + n)
             for seq in entry.samples:
                 for i in range(len(entry.drafts), -1, -1):
                     drawing.append(seq)
                     draw_rows.append(len(rows) - 1 - i)
                     draw_positions.append(start + n - i)
+        assert None not in rows, "a sequence was planned that holds no row"
         prompt, prompt_rows = self._prompt_rows(plan)
         changes = Changes.of(plan, self._upload)
         copies = self._upload(list(zip(*plan.copies, strict=True)), np.int64) if plan.copies else None
@@ -113,7 +113,7 @@ class ModelRunner:
             changes.apply(self._state)
             if copies is not None:
                 self._cache.copy_blocks(copies[0], copies[1])
-            attend = PagedAttention(self._cache, self._state.tables_RB, flat[0], flat[1], slices)
+            attend = PagedAttention(self._cache, self._state.tables_RB, flat[0], flat[1], decode_lens, prefills)
             logits: torch.Tensor = self._model(self._state.tokens_RL[flat[0], flat[1]], flat[1], attend, logits_rows)
             return logits
 

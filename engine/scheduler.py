@@ -20,6 +20,10 @@ from tpserve.engine.sequence import Sequence
 from tpserve.engine.step import Progress, ScheduledSequence, StepPlan, StepResult
 
 
+def _is_no_decode(entry: ScheduledSequence) -> bool:
+    return entry.num_query_tokens > 1 or len(entry.samples) != 1
+
+
 class Scheduler:
     """See the module's text.
 
@@ -97,20 +101,21 @@ class Scheduler:
             self._admit(plan, budget, headroom=0)
             if not plan.entries:
                 self.residency.preempt_last()
-        plan.entries.sort(key=lambda entry: entry.num_query_tokens > 1)
+        plan.entries.sort(key=_is_no_decode)
         return plan
 
     def _decode(self, plan: StepPlan) -> None:
         spare = self._config.max_num_batched_tokens - len(self.running)  # for drafts
         for seq in self.running.copy():
-            if seq.num_uncomputed_tokens != 1 or seq.children or seq.num_tokens >= seq.max_tokens:
+            start, num_tokens = seq.num_computed_tokens, len(seq.token_ids) + seq.num_pending
+            if num_tokens - start != 1 or seq.children or num_tokens >= seq.max_tokens:
                 continue
             if seq.row is None:  # preempted for one before it, and so are all after it
                 break
             drafts = self._guess(seq, spare) if self._config.num_speculative_tokens else []
             if not self.residency.cover(seq, drafts, plan):
                 break
-            start, n = seq.num_computed_tokens, 1 + len(drafts)
+            n = 1 + len(drafts)
             plan.entries.append(ScheduledSequence(seq, start, n, (seq,), drafts))
             if drafts:
                 spare -= len(drafts)

@@ -32,7 +32,7 @@ class StepPlan:
     """A step. The runner does, in this order: loads, new_blocks, writes, copies, the network, the draws.
 
     Attributes:
-        entries: parts; those with one query token come first.
+        entries: parts; those with one query token and one draw come first.
         loads: sequences whose rows must be written: tokens, block table, parameters.
         new_blocks: (sequence, place in its table, block): changes of tables that are loaded already.
         writes: (sequence, position, token): tokens that the host decided.

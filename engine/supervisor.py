@@ -29,6 +29,8 @@ class RankGroup:
         config: what the ranks are told.
     """
 
+    worker = "tpserve.engine.worker"  # the module that a rank runs
+
     def __init__(self, config: EngineConfig) -> None:
         self._ranks: set[int] = set()
         self._encoder = msgspec.msgpack.Encoder()
@@ -91,7 +93,7 @@ def _command(config: EngineConfig, folder: Path) -> list[str]:
         f"--master-addr 127.0.0.1 --master-port {_free_port()} --max-restarts 0 --monitor-interval 0.1"
     ).split()
     launcher = [sys.executable, "-m", "tpserve.engine.launch", str(os.getpid())]
-    return [*launcher, *torchrun, "-m", "tpserve.engine.worker", str(folder)]
+    return [*launcher, *torchrun, "-m", RankGroup.worker, str(folder)]
 
 
 def _environment(config: EngineConfig) -> dict[str, str]:

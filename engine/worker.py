@@ -5,19 +5,23 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
+import torch
 import zmq
 
 from tpserve.engine.channel import FollowerChannel, LeaderChannel, new_socket
 from tpserve.engine.config import EngineConfig
+from tpserve.engine.core import EngineCore
 from tpserve.engine.errors import ConfigError
 from tpserve.engine.group import build_core, choose_device, process_group
 from tpserve.engine.loop import follow, lead
 from tpserve.engine.process import LAUNCHER_PID, die_with_parent
 from tpserve.engine.protocol import Event, Failed, Outputs, Ready, Reply
 from tpserve.model.checkpoint import CheckpointError
+from tpserve.model.parallel import TensorParallel
 
 EXIT_REFUSED = 3  # the configuration or the checkpoint cannot be served: a relaunch would not help
 
@@ -56,8 +60,13 @@ class ClientSocket:
         self._replies.send(self._encoder.encode(reply))
 
 
-def main(folder: Path) -> int:
-    """Serves the group described by `folder/config.json`; returns the process's exit status."""
+def main(folder: Path, build: Callable[[EngineConfig, torch.device, TensorParallel], EngineCore] = build_core) -> int:
+    """Serves the group described by `folder/config.json`; returns the process's exit status.
+
+    Args:
+        folder: see above.
+        build: makes the rank's engine.
+    """
     rank = int(os.environ.get("RANK", "0"))
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s rank {rank} %(levelname)s %(message)s")
     die_with_parent(int(os.environ[LAUNCHER_PID]))
@@ -66,7 +75,7 @@ def main(folder: Path) -> int:
     try:
         device = choose_device(config)
         with process_group(config, device) as tp:
-            core = build_core(config, device, tp)
+            core = build(config, device, tp)
             if socket is None:
                 follow(core, config, FollowerChannel(folder, rank, config.step_timeout_s))
                 return 0
@@ -81,10 +90,11 @@ def main(folder: Path) -> int:
         return EXIT_REFUSED
 
 
-if __name__ == "__main__":
+def run(build: Callable[[EngineConfig, torch.device, TensorParallel], EngineCore] = build_core) -> None:
+    """The rank's whole process; the folder is its argument. Never returns."""
     status = 1
     try:
-        status = main(Path(sys.argv[1]))
+        status = main(Path(sys.argv[1]), build)
     except BaseException:
         logger.exception("this rank cannot go on")
     finally:
@@ -93,3 +103,7 @@ if __name__ == "__main__":
         if status != EXIT_REFUSED:
             os._exit(status)
     sys.exit(status)
+
+
+if __name__ == "__main__":
+    run()

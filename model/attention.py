@@ -21,12 +21,10 @@ class SequenceSlice:
     """The part of one sequence that a step computes.
 
     Attributes:
-        row: of its block table.
         num_computed_tokens: tokens whose keys and values are in the cache already.
         num_query_tokens: tokens computed now; they follow the computed ones.
     """
 
-    row: int
     num_computed_tokens: int
     num_query_tokens: int
 
@@ -55,7 +53,8 @@ class PagedAttention:
         cache: where keys and values live.
         tables_RB: int64 block tables; only what a slice needs of its row is read.
         rows_T, positions_T: int64; the table row and the position of each token.
-        slices: the step's sequences in the order of their tokens; those with one query token come first.
+        decode_lens: lengths after the step of the sequences with one query token, whose tokens come first.
+        prefills: the other sequences, in the order of their tokens.
     """
 
     def __init__(
@@ -64,26 +63,25 @@ class PagedAttention:
         tables_RB: torch.Tensor,
         rows_T: torch.Tensor,
         positions_T: torch.Tensor,
-        slices: Sequence[SequenceSlice],
+        decode_lens: Sequence[int],
+        prefills: Sequence[SequenceSlice],
     ) -> None:
         self._cache, self._tables_RB = cache, tables_RB
         device, size = tables_RB.device, cache.block_size
         blocks_T = tables_RB[rows_T, positions_T // size]
         self._new_slots_T = blocks_T * size + positions_T % size
-        self._num_decodes = next((i for i, s in enumerate(slices) if s.num_query_tokens > 1), len(slices))
+        self._num_decodes = len(decode_lens)
         if self._num_decodes:
-            decodes = slice(0, self._num_decodes)
-            lengths = [s.seq_len for s in slices[decodes]]
-            slots_SL = self._slots(rows_T[decodes], max(lengths))
-            mask_SL = torch.arange(max(lengths), device=device) <= positions_T[decodes, None]
+            decodes, longest = slice(0, self._num_decodes), max(decode_lens)
+            slots_SL = self._slots(rows_T[decodes], longest)
+            mask_SL = torch.arange(longest, device=device) <= positions_T[decodes, None]
             # A masked key still multiplies its value by 0, and 0 · inf is nan: pad with the sequence's own first slot,
             # never with one that somebody else may have filled.
             self._decode_slots_SL = torch.where(mask_SL, slots_SL, slots_SL[:, :1])
-            self._decode_mask_S11L = None if min(lengths) == max(lengths) else mask_SL[:, None, None]
+            self._decode_mask_S11L = None if min(decode_lens) == longest else mask_SL[:, None, None]
         self._prefills: list[_Prefill] = []
         start = self._num_decodes
-        for s in slices[self._num_decodes :]:
-            assert s.num_query_tokens > 1, "slices with one query token must come first"
+        for s in prefills:
             rows = slice(start, start + s.num_query_tokens)
             slots_L = self._slots(rows_T[start : start + 1], s.seq_len)[0]
             mask_QL = None

@@ -45,8 +45,9 @@ def two_steps(rank: int, world_size: int, store: str, folder: str, tokens: list[
     with torch.inference_mode():
         for start, stop in ((0, n - 1), (n - 1, n)):
             positions, table = torch.arange(start, stop), torch.arange(blocks)[None]
-            slices = [SequenceSlice(0, start, stop - start)]
-            attend = PagedAttention(cache, table, torch.zeros_like(positions), positions, slices)
+            decodes = [stop] if stop - start == 1 else []
+            prefills = [] if decodes else [SequenceSlice(start, stop - start)]
+            attend = PagedAttention(cache, table, torch.zeros_like(positions), positions, decodes, prefills)
             with CommDebugMode() as comms:
                 logits.append(loaded.model(torch.tensor(tokens[start:stop]), torch.arange(start, stop), attend))
     counts = {str(op): count for op, count in comms.get_comm_counts().items() if count}

@@ -59,7 +59,7 @@ def make_scheduler(blocks: int = BLOCKS, **changes: Any) -> Scheduler:
 
 
 def next_token(token_ids: list[int], index: int) -> int:
-    """A "model" that depends on the tokens and the answer's index alone; often goes on as TEXT does, seldom with EOS."""
+    """A "model" of the tokens and the answer's index alone: often goes on as TEXT does, seldom with EOS."""
     chance = random.Random(f"{index}{token_ids}")
     if chance.random() < 0.03:
         return EOS
@@ -238,7 +238,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         sizes = [entry.num_query_tokens for entry in plan.entries]
         assert 0 < sum(sizes) <= self.limit
         assert min(sizes) >= 1
-        assert sizes == sorted(sizes, key=lambda n: n > 1), "one-token slices come first"
+        decodes = [entry.num_query_tokens == 1 and len(entry.samples) == 1 for entry in plan.entries]
+        assert decodes == sorted(decodes, reverse=True), "decoding sequences come first"
         planned = [(entry.seq.request_id, entry.seq.index) for entry in plan.entries]
         assert len(set(planned)) == len(planned)
         # What was decoding and was not preempted decodes now: no prompt stalls it.

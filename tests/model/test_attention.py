@@ -46,7 +46,8 @@ def test_chunks_in_any_batch_equal_the_whole(lengths: list[int], block_size: int
         chosen = sorted((i for i, n in enumerate(take) if n), key=lambda i: take[i] > 1)
         if not chosen:
             continue
-        slices = [SequenceSlice(i, done[i], take[i]) for i in chosen]
+        decodes = [done[i] + 1 for i in chosen if take[i] == 1]
+        prefills = [SequenceSlice(done[i], take[i]) for i in chosen if take[i] > 1]
         flat_rows = torch.tensor([i for i in chosen for _ in range(take[i])])
         positions = torch.tensor([p for i in chosen for p in range(done[i], done[i] + take[i])])
         rows = [slice(done[i], done[i] + take[i]) for i in chosen]
@@ -54,7 +55,7 @@ def test_chunks_in_any_batch_equal_the_whole(lengths: list[int], block_size: int
         def flat(x: list[torch.Tensor], chosen: list[int] = chosen, rows: list[slice] = rows) -> torch.Tensor:
             return torch.cat([x[i][r] for i, r in zip(chosen, rows, strict=True)])
 
-        result = PagedAttention(cache, padded, flat_rows, positions, slices)(0, flat(q), flat(k), flat(v))
+        result = PagedAttention(cache, padded, flat_rows, positions, decodes, prefills)(0, flat(q), flat(k), flat(v))
         for i, r, part in zip(chosen, rows, result.split([take[i] for i in chosen]), strict=True):
             out[i][r] = part
             done[i] += take[i]
