@@ -21,8 +21,18 @@ from tpserve.engine.in_flight import Request, Requests
 from tpserve.engine.keeper import GroupKeeper
 from tpserve.engine.limits import check_prompt, check_room, check_sequences, check_vocabulary
 from tpserve.engine.metrics import EngineMetrics
-from tpserve.engine.protocol import Cancel, Event, Heartbeat, Outputs, RankTrace, Ready, Report, RequestOutput, Status
-from tpserve.engine.protocol import Trace as TraceEvent
+from tpserve.engine.protocol import (
+    Add,
+    Cancel,
+    Event,
+    Heartbeat,
+    Outputs,
+    RankTrace,
+    Ready,
+    Report,
+    RequestOutput,
+    Status,
+)
 from tpserve.engine.sampling_params import SamplingParams
 from tpserve.model.checkpoint import CheckpointError, CheckpointInfo
 
@@ -127,9 +137,9 @@ class EngineClient:
             OverloadedError: too many requests are waiting.
             EngineError: the engine has given up.
         """
-        self._check(prompt_token_ids, params)
         if params.seed is None:
             params = msgspec.structs.replace(params, seed=secrets.randbits(64))
+        self._check(Add(request_id, prompt_token_ids, params, priority=priority))
         now_s = time.monotonic()
         deadline_s = math.inf if timeout_s is None else now_s + timeout_s
         request = Request(request_id, prompt_token_ids, params, on_output, priority, now_s, deadline_s)
@@ -171,7 +181,7 @@ class EngineClient:
             EngineError: that many steps were not made within `timeout_s`.
         """
         size = self.config.tensor_parallel_size
-        traces = self._keeper.ask(lambda ask_id: TraceEvent(ask_id, num_steps), size, timeout_s)
+        traces = self._keeper.ask(lambda ask_id: Trace(ask_id, num_steps), size, timeout_s)
         return sorted(traces, key=lambda trace: trace.rank)
 
     def close(self) -> None:
@@ -179,8 +189,16 @@ class EngineClient:
         self._keeper.close()
         self._owner.end("cancelled", None)
 
-    def _check(self, prompt_token_ids: list[int], params: SamplingParams) -> None:
-        params.validate()
+    def _check(self, event: Add) -> None:
+        try:
+            event.params.validate()
+            # Types are looked at when a message is read; rank 0 must not be the first who does.
+            msgspec.msgpack.decode(msgspec.msgpack.encode(event), type=Add)
+        except RequestError:
+            raise
+        except (msgspec.MsgspecError, TypeError, ValueError, OverflowError) as e:
+            raise RequestError(f"the request cannot be sent: {e}") from None
+        prompt_token_ids, params = event.prompt_token_ids, event.params
         vocab_size = self.checkpoint.args.vocab_size
         check_prompt(prompt_token_ids, self.config.max_seq_len, vocab_size)
         check_vocabulary(params, vocab_size)

@@ -130,7 +130,8 @@ class RequestReader:
     def __init__(self, tokenizer: Tokenizer | None, vocab_size: int, max_seq_len: int) -> None:
         self._vocabulary = Vocabulary(tokenizer, vocab_size)
         self._max_seq_len = max_seq_len
-        self._grammars: Grammars | None = None
+        # Made at once: it looks at every piece of the vocabulary, for which no stream should have to wait.
+        self._grammars = None if tokenizer is None else Grammars(tokenizer, vocab_size)
 
     def read(self, given: Mapping[str, Any], defaults: SamplingParams) -> GenerateRequest:
         """Reads an object of any of `KNOWN_FIELDS`, one of `PROMPT_FIELDS` among them, or their `ALIASES`.
@@ -155,8 +156,8 @@ class RequestReader:
             RequestError: names the field.
         """
         params = sampling_params(given, defaults, self._vocabulary, max_new_tokens_cap)
-        if params.guided is not None:
-            self._check_grammar(params)
+        if params.guided is not None and self._grammars is not None:
+            self._grammars.check(params.guided)
         return params
 
     def encode(self, prompt: Prompt) -> list[int]:
@@ -186,12 +187,3 @@ class RequestReader:
         at_least = num_chars // tokenizer.max_piece_chars
         if at_least >= self._max_seq_len:
             raise too_long(field, f"at least {at_least}", self._max_seq_len)
-
-    def _check_grammar(self, params: SamplingParams) -> None:
-        tokenizer, vocab_size = self._vocabulary.tokenizer, self._vocabulary.size
-        assert params.guided is not None
-        assert tokenizer is not None
-        assert vocab_size is not None
-        if self._grammars is None:  # made for the first who needs it: it looks at every piece of the vocabulary
-            self._grammars = Grammars(tokenizer, vocab_size)
-        self._grammars.check(params.guided)

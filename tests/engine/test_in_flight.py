@@ -214,10 +214,14 @@ def test_closing_ends_every_answer(client: EngineClient) -> None:
         ({"beam_width": 3, "max_new_tokens": 60}, "beam_width"),
         ({"logit_bias": {90: 1.0}}, "logit_bias"),
         ({"min_p": 2.0}, "min_p"),
+        ({"logprobs": True}, None),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**64}, "seed"),
+        ({"stop": (3,)}, None),
     ],
 )
 def test_what_does_not_fit_is_refused_before_it_is_sent(
-    client: EngineClient, params: dict[str, Any], field: str
+    client: EngineClient, params: dict[str, Any], field: str | None
 ) -> None:
     with pytest.raises(RequestError) as caught:
         Heard(client, "a", **params)
