@@ -123,8 +123,8 @@ def build_core(config: EngineConfig, device: torch.device, tp: TensorParallel) -
             f"the KV cache holds {num_blocks} blocks, one sequence of max_seq_len {config.max_seq_len} needs {needed}; "
             "lower max_seq_len, or raise num_kv_blocks, kv_cache_bytes or gpu_memory_utilization"
         )
-    runner = ModelRunner(loaded, _cache(config, loaded, num_blocks), config)
     vocab_size = loaded.info.args.vocab_size
+    runner = ModelRunner(loaded.model, vocab_size, device, _cache(config, loaded, num_blocks), config)
     tokenizer = Tokenizer.from_checkpoint(Path(config.checkpoint_dir))
     grammars = None if tokenizer is None else Grammars(tokenizer, vocab_size)
     shape = CoreShape(num_blocks, config.max_seq_len, loaded.info.eos_token_id, vocab_size)
@@ -181,7 +181,8 @@ def _free_cuda_bytes(config: EngineConfig, loaded: LoadedModel) -> int:
     length = min(n, config.max_seq_len)
     blocks = -(-length // config.block_size)
     torch.cuda.reset_peak_memory_stats(loaded.device)
-    runner = ModelRunner(loaded, _cache(config, loaded, blocks), config)
+    cache = _cache(config, loaded, blocks)
+    runner = ModelRunner(loaded.model, loaded.info.args.vocab_size, loaded.device, cache, config)
     prompt = Sequence("profile", [0] * length, SamplingParams(), max_seq_len=length + 1, eos_token_id=None)
     prompt.block_table, prompt.row = list(range(blocks)), 0
     step = runner.launch(StepPlan([ScheduledSequence(prompt, 0, length, (prompt,), [])], loads=[prompt]))
@@ -189,7 +190,7 @@ def _free_cuda_bytes(config: EngineConfig, loaded: LoadedModel) -> int:
     runner.finish(step)
     torch.cuda.synchronize(loaded.device)
     peak = torch.cuda.max_memory_allocated(loaded.device)
-    del runner
+    del runner, cache
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(loaded.device)
     foreign = total - free - torch.cuda.memory_reserved(loaded.device)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 
 import numpy as np
@@ -21,7 +22,6 @@ from tpserve.engine.protocol import PromptLogprob, TopLogprobs
 from tpserve.engine.step import Candidate, StepPlan, StepResult
 from tpserve.model.attention import PagedAttention, SequenceSlice
 from tpserve.model.kv_cache import PagedKVCache
-from tpserve.model.loader import LoadedModel
 from tpserve.model.logits import process_logits, token_logprobs, top_logprobs
 from tpserve.model.sampling import sample
 
@@ -62,20 +62,29 @@ class ModelRunner:
     """Runs plans on this rank.
 
     Args:
-        loaded: the network.
+        model: the network: `Llama.forward`, or what stands for it.
+        vocab_size: of its logits.
+        device: where it is.
         cache: its KV cache.
         config: sizes.
     """
 
-    def __init__(self, loaded: LoadedModel, cache: PagedKVCache, config: EngineConfig) -> None:
-        self._model, self._cache = loaded.model, cache
-        self._device = loaded.device
+    def __init__(
+        self,
+        model: Callable[..., torch.Tensor],
+        vocab_size: int,
+        device: torch.device,
+        cache: PagedKVCache,
+        config: EngineConfig,
+    ) -> None:
+        self._model, self._cache = model, cache
+        self._device = device
         self._state = BatchState(
-            config.max_num_seqs, config.max_seq_len, -(-config.max_seq_len // config.block_size), loaded.device
+            config.max_num_seqs, config.max_seq_len, -(-config.max_seq_len // config.block_size), device
         )
-        self._upload = Uploader(loaded.device)
-        self._draws = DrawBuilder(loaded.info.args.vocab_size, self._upload)
-        self._queue = device_queue(loaded.device)
+        self._upload = Uploader(device)
+        self._draws = DrawBuilder(vocab_size, self._upload)
+        self._queue = device_queue(device)
 
     def launch(self, plan: StepPlan) -> Step:
         """Starts the network on a plan; `draw` must follow."""
@@ -114,8 +123,7 @@ class ModelRunner:
             if copies is not None:
                 self._cache.copy_blocks(copies[0], copies[1])
             attend = PagedAttention(self._cache, self._state.tables_RB, flat[0], flat[1], decode_lens, prefills)
-            logits: torch.Tensor = self._model(self._state.tokens_RL[flat[0], flat[1]], flat[1], attend, logits_rows)
-            return logits
+            return self._model(self._state.tokens_RL[flat[0], flat[1]], flat[1], attend, logits_rows)
 
         step = Step(draws, self._queue.submit(network), prompt)
         step.device_ns = started

@@ -67,10 +67,23 @@ class PagedAttention:
         prefills: Sequence[SequenceSlice],
     ) -> None:
         self._cache, self._tables_RB = cache, tables_RB
-        device, size = tables_RB.device, cache.block_size
+        self._rows_T, self._positions_T = rows_T, positions_T
+        self._decode_lens, self._slices = decode_lens, prefills
+        self._num_decodes = len(decode_lens)
+        self._prepared = False
+
+    def _prepare(self) -> None:
+        """Finds the slots that all layers read and write: work of the first layer, so that no layers cost none."""
+        self._prepared = True
+        tables_RB, rows_T, positions_T, decode_lens = (
+            self._tables_RB,
+            self._rows_T,
+            self._positions_T,
+            self._decode_lens,
+        )
+        device, size = tables_RB.device, self._cache.block_size
         blocks_T = tables_RB[rows_T, positions_T // size]
         self._new_slots_T = blocks_T * size + positions_T % size
-        self._num_decodes = len(decode_lens)
         if self._num_decodes:
             decodes, longest = slice(0, self._num_decodes), max(decode_lens)
             slots_SL = self._slots(rows_T[decodes], longest)
@@ -81,7 +94,7 @@ class PagedAttention:
             self._decode_mask_S11L = None if min(decode_lens) == longest else mask_SL[:, None, None]
         self._prefills: list[_Prefill] = []
         start = self._num_decodes
-        for s in prefills:
+        for s in self._slices:
             rows = slice(start, start + s.num_query_tokens)
             slots_L = self._slots(rows_T[start : start + 1], s.seq_len)[0]
             mask_QL = None
@@ -99,6 +112,8 @@ class PagedAttention:
 
     def __call__(self, layer: int, q_THE: torch.Tensor, k_TKE: torch.Tensor, v_TKE: torch.Tensor) -> torch.Tensor:
         """Writes the step's keys and values, then attends; [T, H, E] in and out."""
+        if not self._prepared:
+            self._prepare()
         k_cache, v_cache = self._cache.k[layer], self._cache.v[layer]
         k_cache[self._new_slots_T] = k_TKE
         v_cache[self._new_slots_T] = v_TKE

@@ -1,0 +1,47 @@
+"""A rank whose network computes nothing: for measuring everything else (`engine_overhead`). Loads no weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from tpserve.engine.config import EngineConfig
+from tpserve.engine.core import CoreShape, EngineCore
+from tpserve.engine.model_runner import ModelRunner
+from tpserve.engine.worker import run
+from tpserve.model.checkpoint import CheckpointInfo
+from tpserve.model.kv_cache import PagedKVCache
+from tpserve.model.llama import Attend
+from tpserve.model.parallel import TensorParallel
+
+
+class StubModel:
+    """Gives the same logits at every position.
+
+    Args:
+        vocab_size: V.
+    """
+
+    def __init__(self, vocab_size: int) -> None:
+        self._logits_1V = torch.randn(1, vocab_size, generator=torch.Generator().manual_seed(0))
+
+    def __call__(
+        self, tokens_T: torch.Tensor, positions_T: torch.Tensor, attend: Attend, rows_N: torch.Tensor
+    ) -> torch.Tensor:
+        """Logits [N, V] without copying them."""
+        return self._logits_1V.expand(len(rows_N), -1)
+
+
+def build(config: EngineConfig, device: torch.device, tp: TensorParallel) -> EngineCore:
+    """An engine around the stub; as many KV blocks as all sequences can fill, without memory behind them."""
+    torch.set_num_threads(1)
+    vocab_size = CheckpointInfo.read(Path(config.checkpoint_dir)).args.vocab_size
+    num_blocks = config.max_num_seqs * -(-config.max_seq_len // config.block_size)
+    cache = PagedKVCache(0, num_blocks, config.block_size, 1, 1, dtype=torch.float32, device=device)
+    runner = ModelRunner(StubModel(vocab_size), vocab_size, device, cache, config)
+    return EngineCore(config, CoreShape(num_blocks, config.max_seq_len, None, vocab_size), runner, tp.rank)
+
+
+if __name__ == "__main__":
+    run(build)
