@@ -32,6 +32,7 @@ from tpserve.engine.protocol import (
     Report,
     RequestOutput,
     Status,
+    Trace,
 )
 from tpserve.engine.sampling_params import SamplingParams
 from tpserve.model.checkpoint import CheckpointError, CheckpointInfo

@@ -42,7 +42,11 @@ class Deferred:
         threading.Thread(target=self._run, daemon=True).start()
 
     def _run(self) -> None:
-        self._reply = self._compute()
+        try:
+            self._reply = self._compute()
+        except Exception as e:  # nobody else would ever answer
+            logger.exception("a deferred reply")
+            self._reply = error_reply(e)
         self._signal.set()
 
     def take(self) -> Reply | None:

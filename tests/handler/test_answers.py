@@ -92,6 +92,16 @@ def test_traces(frontend: Frontend, path: str, steps: int) -> None:
     assert [(span["pid"], span["dur"] * 1000) for span in spans] == [(0, steps), (1, steps)]
 
 
+def test_a_trace_that_fails_is_still_answered(
+    engine: FakeEngine, frontend: Frontend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "trace", lambda *_: 1 // 0)
+    frontend.call({"a": body(b"", "", "trace")})
+    while "a" not in frontend.bodies:
+        frontend.call()
+    assert frontend.status["a"] == 500
+
+
 @pytest.mark.parametrize("steps", ["0", "x", "-1", "10001", "1e3", "९", "1/2"])
 def test_steps_of_a_trace_that_are_none(frontend: Frontend, steps: str) -> None:
     frontend.call({"a": body(b"", "", f"trace/{steps}")})
