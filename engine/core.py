@@ -44,7 +44,7 @@ class CoreShape:
 class Runner(Protocol):
     """The device: `ModelRunner`, or what stands for it in tests; a step has `num_draws` and `device_ns`."""
 
-    def launch(self, plan: StepPlan) -> Any: ...
+    def launch(self, plan: StepPlan, timed: bool = False) -> Any: ...
     def draw(self, step: Any, masks: NDArray[np.int32] | None) -> None: ...
     def finish(self, step: Any) -> StepResult: ...
 
@@ -110,7 +110,7 @@ class EngineCore:
             if plan.entries:
                 scheduled = plan.scheduled
                 with trace.span("launch", tokens=plan.num_tokens):
-                    step = self._runner.launch(plan)
+                    step = self._runner.launch(plan, trace.active)
                 masks = None
                 if plan.guided:
                     if self._under_way is not None:

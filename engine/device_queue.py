@@ -6,6 +6,7 @@ asks; so there the device is a thread of its own.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
@@ -50,3 +51,56 @@ def _in_inference_mode(job: Callable[[], Any]) -> Any:
 def device_queue(device: torch.device) -> DeviceQueue:
     """The queue for a device."""
     return StreamQueue() if device.type == "cuda" else ThreadQueue()
+
+
+class DeviceClock(Protocol):
+    """Tells when the device reached a point of its queue."""
+
+    def mark(self) -> Any:
+        """Marks this point; called by a job."""
+        ...
+
+    def read_ns(self, mark: Any) -> int:
+        """When the device was there, on the machine's monotonic clock; the caller has waited for it."""
+        ...
+
+
+class StreamClock:
+    """CUDA: events, counted from one whose time on the host's clock is known.
+
+    Args:
+        device: whose stream.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        with torch.cuda.device(device):
+            self._anchor = self.mark()
+            self._anchor.synchronize()
+        self._anchor_ns = time.monotonic_ns()
+
+    def mark(self) -> Any:
+        """See `DeviceClock`."""
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def read_ns(self, mark: Any) -> int:
+        """See `DeviceClock`."""
+        return self._anchor_ns + int(self._anchor.elapsed_time(mark) * 1e6)
+
+
+class ThreadClock:
+    """CPU: the thread's own clock."""
+
+    def mark(self) -> int:
+        """See `DeviceClock`."""
+        return time.monotonic_ns()
+
+    def read_ns(self, mark: int) -> int:
+        """See `DeviceClock`."""
+        return mark
+
+
+def device_clock(device: torch.device) -> DeviceClock:
+    """The clock of a device."""
+    return StreamClock(device) if device.type == "cuda" else ThreadClock()

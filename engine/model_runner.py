@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from typing import Any
 
 import numpy as np
 import torch
 
 from tpserve.engine.batch import Array, BatchState, Changes, DrawBuilder, Draws, Uploader
 from tpserve.engine.config import EngineConfig
-from tpserve.engine.device_queue import device_queue
+from tpserve.engine.device_queue import device_clock, device_queue
 from tpserve.engine.protocol import PromptLogprob, TopLogprobs
 from tpserve.engine.step import Candidate, StepPlan, StepResult
 from tpserve.model.attention import PagedAttention, SequenceSlice
@@ -40,13 +40,14 @@ class Step:
 
     Attributes:
         num_draws: tokens that it draws.
-        device_ns: (start, end) of its jobs, on a CPU.
+        device_ns: start and end of its work on the device, once it is finished, if it was to be timed.
     """
 
     def __init__(self, draws: Draws | None, network: Future[torch.Tensor], prompt: _PromptRows | None) -> None:
         self.draws, self.network, self.prompt = draws, network, prompt
         self.num_draws = 0 if draws is None else len(draws.seqs)
         self.fetched: Future[_Fetched] | None = None
+        self.marks: list[Any] = []
         self.device_ns: list[int] = []
 
 
@@ -84,10 +85,15 @@ class ModelRunner:
         )
         self._upload = Uploader(device)
         self._draws = DrawBuilder(vocab_size, self._upload)
-        self._queue = device_queue(device)
+        self._queue, self._clock = device_queue(device), device_clock(device)
 
-    def launch(self, plan: StepPlan) -> Step:
-        """Starts the network on a plan; `draw` must follow."""
+    def launch(self, plan: StepPlan, timed: bool = False) -> Step:
+        """Starts the network on a plan; `draw` must follow.
+
+        Args:
+            plan: the step.
+            timed: whether its time on the device will be asked for.
+        """
         # Hundreds of decoding sequences are the common case: what they need is gathered without a loop over them.
         num_decodes = sum(entry.num_query_tokens == 1 and len(entry.samples) == 1 for entry in plan.entries)
         decodes, others = plan.entries[:num_decodes], plan.entries[num_decodes:]
@@ -115,10 +121,11 @@ class ModelRunner:
         draws = self._draws.build(drawing, draw_positions) if drawing else None
         flat = self._upload([rows, positions], np.int64)
         logits_rows = self._upload(draw_rows + prompt_rows, np.int64)
-        started: list[int] = []
+        marks: list[Any] = []
 
         def network() -> torch.Tensor:
-            started.append(time.monotonic_ns())
+            if timed:
+                marks.append(self._clock.mark())
             changes.apply(self._state)
             if copies is not None:
                 self._cache.copy_blocks(copies[0], copies[1])
@@ -126,7 +133,7 @@ class ModelRunner:
             return self._model(self._state.tokens_RL[flat[0], flat[1]], flat[1], attend, logits_rows)
 
         step = Step(draws, self._queue.submit(network), prompt)
-        step.device_ns = started
+        step.marks = marks
         return step
 
     def draw(self, step: Step, masks: Array | None) -> None:
@@ -148,7 +155,8 @@ class ModelRunner:
                 fetched.tensors = {name: t.to("cpu", non_blocking=True) for name, t in fetched.tensors.items()}
                 fetched.event = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 fetched.event.record()
-            step.device_ns.append(time.monotonic_ns())
+            if step.marks:
+                step.marks.append(self._clock.mark())
             return fetched
 
         step.fetched = self._queue.submit(draws)
@@ -164,6 +172,7 @@ class ModelRunner:
         fetched = step.fetched.result()
         if fetched.event is not None:
             fetched.event.synchronize()
+        step.device_ns = [self._clock.read_ns(mark) for mark in step.marks]
         host = {name: tensor.tolist() for name, tensor in fetched.tensors.items()}
         result = StepResult(
             tokens=host.get("tokens", []),

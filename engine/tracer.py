@@ -41,6 +41,11 @@ class Tracer:
             self._complete.append(RankTrace(self._trace_id, self._rank, self._spans))
         self._trace_id, self._steps_left, self._spans = trace_id, num_steps, []
 
+    @property
+    def active(self) -> bool:
+        """Whether this step is recorded."""
+        return self._steps_left > 0
+
     def span(self, name: str, **about: int) -> contextlib.AbstractContextManager[None]:
         """Records what runs inside it."""
         return self._record(name, about) if self._steps_left else _OFF
