@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,21 @@ pytestmark = [
 ]
 PARAMS = TINY_PARAMS | {"dim": 256, "n_heads": 4, "n_kv_heads": 2, "n_layers": 4, "vocab_size": 500}
 PROMPTS = [[3 + (7 * i + j * j) % 490 for j in range(1 + 9 * i)] for i in range(12)]
+# Every kind of work that the sampler has, spread over the batch.
+CONTROLS: list[dict[str, Any]] = [
+    {},
+    {"repetition_penalty": 1.3},
+    {"presence_penalty": 0.7, "frequency_penalty": 0.4},
+    {"logit_bias": {7: 3.0, 9: -100.0}},
+    {"bad_words": ((5,), (6, 7), (8, 9, 10))},
+    {"min_tokens": 10, "stop_token_ids": (3, 4, 5)},
+    {"top_p": 0.9},
+    {"top_k": 20, "top_p": 0.8},
+    {"min_p": 0.05},
+    {"top_p": 0.95, "top_p_decay": 0.9, "top_p_min": 0.3, "top_p_reset_ids": (11, 12)},
+    {"repetition_penalty": 0.8, "top_k": 50},
+    {},
+]
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +46,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def answers(
-    checkpoint: Path, device: str, tp: int, dtype: str, temperature: float
+    checkpoint: Path, device: str, tp: int, dtype: str, temperature: float, **how: Any
 ) -> tuple[list[list[int]], list[list[float]]]:
     config = EngineConfig(
         checkpoint_dir=str(checkpoint),
@@ -40,6 +56,7 @@ def answers(
         max_seq_len=512,
         max_num_seqs=16,
         max_num_batched_tokens=64,
+        **how,
     )
     client = EngineClient(config)
     try:
@@ -47,7 +64,16 @@ def answers(
         assert info.device.startswith(device)
         pids = client.pids
         streams = [
-            Collected(client, p, max_new_tokens=40, ignore_eos=True, temperature=temperature, seed=i, logprobs=True)
+            Collected(
+                client,
+                p,
+                max_new_tokens=40,
+                ignore_eos=True,
+                temperature=temperature,
+                seed=i,
+                logprobs=0,
+                **CONTROLS[i],
+            )
             for i, p in enumerate(PROMPTS)
         ]
         ids = [stream.wait() for stream in streams]
@@ -78,3 +104,20 @@ def test_half_precision_is_near(checkpoint: Path, dtype: str) -> None:
     # Later tokens may differ, and with them everything after; the first ones' probabilities must agree.
     for a, b in zip(exact, half, strict=True):
         assert abs(a[0] - b[0]) < 0.1
+
+
+@pytest.mark.parametrize("how", [{"async_scheduling": False}, {"num_speculative_tokens": 4}, {"num_kv_blocks": 40}])
+def test_planning_ahead_drafts_and_preemption_change_no_token(checkpoint: Path, how: dict[str, Any]) -> None:
+    assert answers(checkpoint, "cuda", 1, "float32", 0.8, **how)[0] == answers(checkpoint, "cuda", 1, "float32", 0.8)[0]
+
+
+def test_beams_equal_the_cpus(checkpoint: Path) -> None:
+    def beams(device: str) -> list[list[int]]:
+        client = EngineClient(EngineConfig(checkpoint_dir=str(checkpoint), device=device, dtype="float32"))
+        try:
+            client.start()
+            return [Collected(client, p, max_new_tokens=20, beam_width=4).wait() for p in PROMPTS[:4]]
+        finally:
+            client.close()
+
+    assert beams("cuda") == beams("cpu")
