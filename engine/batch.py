@@ -37,7 +37,8 @@ class BatchState:
     """
 
     def __init__(self, num_rows: int, max_len: int, max_blocks: int, device: torch.device) -> None:
-        self.tokens_RL = torch.zeros(num_rows, max_len, dtype=torch.int64, device=device)
+        # One more: the profiling pass draws a token after the longest sequence.
+        self.tokens_RL = torch.zeros(num_rows, max_len + 1, dtype=torch.int64, device=device)
         self.tables_RB = torch.zeros(num_rows, max_blocks, dtype=torch.int64, device=device)
         self.top_p_R = torch.ones(num_rows, dtype=torch.float64, device=device)
 
