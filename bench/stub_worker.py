@@ -27,10 +27,10 @@ class StubModel:
         self._logits_1V = torch.randn(1, vocab_size, generator=torch.Generator().manual_seed(0))
 
     def __call__(
-        self, tokens_T: torch.Tensor, positions_T: torch.Tensor, attend: Attend, rows_N: torch.Tensor
+        self, tokens_T: torch.Tensor, positions_T: torch.Tensor, attend: Attend, rows_N: torch.Tensor | None
     ) -> torch.Tensor:
         """Logits [N, V] without copying them."""
-        return self._logits_1V.expand(len(rows_N), -1)
+        return self._logits_1V.expand(len(tokens_T if rows_N is None else rows_N), -1)
 
 
 def build(config: EngineConfig, device: torch.device, tp: TensorParallel) -> EngineCore:

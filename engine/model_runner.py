@@ -120,7 +120,8 @@ class ModelRunner:
         copies = self._upload(list(zip(*plan.copies, strict=True)), np.int64) if plan.copies else None
         draws = self._draws.build(drawing, draw_positions) if drawing else None
         flat = self._upload([rows, positions], np.int64)
-        logits_rows = self._upload(draw_rows + prompt_rows, np.int64)
+        draw_rows += prompt_rows
+        logits_rows = None if draw_rows == list(range(len(rows))) else self._upload(draw_rows, np.int64)
         marks: list[Any] = []
 
         def network() -> torch.Tensor:
@@ -152,7 +153,7 @@ class ModelRunner:
             if step.prompt is not None:
                 _prompt_logprobs(step.network.result()[step.num_draws :], step.prompt, fetched.tensors)
             if self._device.type == "cuda":
-                fetched.tensors = {name: t.to("cpu", non_blocking=True) for name, t in fetched.tensors.items()}
+                fetched.tensors = {name: _on_its_way(tensor) for name, tensor in fetched.tensors.items()}
                 fetched.event = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 fetched.event.record()
             if step.marks:
@@ -228,6 +229,11 @@ class ModelRunner:
                     top = max(top, seq.params.prompt_logprobs)
             first += entry.num_query_tokens
         return (_PromptRows(spans, self._upload(targets, np.int64), top) if spans else None), rows
+
+
+def _on_its_way(tensor: torch.Tensor) -> torch.Tensor:
+    """A host tensor that the stream will fill. Pinned: into pageable memory the copy would wait for the device."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 def _prompt_logprobs(logits_PV: torch.Tensor, prompt: _PromptRows, out: dict[str, torch.Tensor]) -> None:
