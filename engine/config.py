@@ -30,6 +30,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     Attributes:
         checkpoint_dir: a folder written by `tpserve convert`.
         tensor_parallel_size: number of ranks.
+        load_format: "auto": the checkpoint's weights; "dummy": random ones, for measuring; of the folder only
+            `model.json` is read.
         device: "auto" (CUDA where there is one), "cuda" or "cpu".
         dtype: of weights and activations: "auto" (the checkpoint's; float32 on a CPU), "float32", "float16" or
             "bfloat16".
@@ -58,6 +60,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     checkpoint_dir: str
     tensor_parallel_size: int = 1
+    load_format: str = "auto"
     device: str = "auto"
     dtype: str = "auto"
     max_seq_len: int = 2048
@@ -84,6 +87,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         for name in _POSITIVE:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.load_format not in ("auto", "dummy"):
+            raise ConfigError(f"load_format must be auto or dummy, got {self.load_format!r}")
         if self.device not in ("auto", "cuda", "cpu"):
             raise ConfigError(f"device must be auto, cuda or cpu, got {self.device!r}")
         if self.dtype not in ("auto", "float32", "float16", "bfloat16"):

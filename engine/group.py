@@ -109,7 +109,12 @@ def build_core(config: EngineConfig, device: torch.device, tp: TensorParallel) -
     dtype = None if config.dtype == "auto" and device.type == "cuda" else _dtype(config)
     try:
         loaded = load_model(
-            Path(config.checkpoint_dir), tp=tp, device=device, dtype=dtype, max_seq_len=config.max_seq_len
+            Path(config.checkpoint_dir),
+            tp=tp,
+            device=device,
+            dtype=dtype,
+            max_seq_len=config.max_seq_len,
+            dummy=config.load_format == "dummy",
         )
     except CheckpointError:
         raise

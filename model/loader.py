@@ -44,6 +44,7 @@ def load_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     max_seq_len: int = 2048,
+    dummy: bool = False,
 ) -> LoadedModel:
     """Loads this rank's part of a checkpoint; every rank reads only its own slices, without talking to the others.
 
@@ -53,6 +54,7 @@ def load_model(
         device: where the weights go.
         dtype: of the weights; None: the checkpoint's.
         max_seq_len: positions that the rotary table covers.
+        dummy: fill the weights with random numbers; of the folder only `model.json` is read.
 
     Raises:
         CheckpointError: the folder is not a usable checkpoint.
@@ -67,6 +69,11 @@ def load_model(
     if tp.size > 1:
         parallelize(model, tp, device.type)
     model.to_empty(device=device)
+    if dummy:
+        localize(model, tp)
+        _fill_randomly(model, seed=tp.rank)
+        model.rope_PC2 = rope_table(info.args, max_seq_len, device)
+        return LoadedModel(model.eval(), info, tp, device, dtype, 0)
     reader = MmapReader(checkpoint_dir)
     state = model.state_dict()
     missing = state.keys() - reader.read_metadata().state_dict_metadata.keys()
@@ -83,3 +90,16 @@ def load_model(
     localize(model, tp)
     model.rope_PC2 = rope_table(info.args, max_seq_len, device)
     return LoadedModel(model.eval(), info, tp, device, dtype, reader.bytes_copied)
+
+
+@torch.no_grad()
+def _fill_randomly(model: Llama, seed: int) -> None:
+    """Weights under which activations keep a magnitude of about one, through any number of layers."""
+    generator = torch.Generator(model.norm.weight.device)
+    model.tok_embeddings.weight.normal_(generator=generator.manual_seed(0))  # every rank has all of it
+    generator.manual_seed(seed + 1)
+    for name, weight in model.named_parameters():
+        if weight.ndim == 1:
+            weight.fill_(1.0)
+        elif name != "tok_embeddings.weight":
+            weight.normal_(generator=generator).mul_(weight.shape[1] ** -0.5)

@@ -35,6 +35,15 @@ def test_weights_arrive_in_the_asked_dtype(folder: Path, tmp_path: Path) -> None
         assert not any(p.requires_grad for p in loaded.model.parameters())
 
 
+def test_dummy_weights_need_no_files(folder: Path, tmp_path: Path) -> None:
+    CheckpointInfo.read(folder).write(tmp_path)
+    a, b = (load_model(tmp_path, dummy=True).model for _ in range(2))
+    for (name, x), y in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
+        assert torch.equal(x, y), name
+        assert x.isfinite().all()
+        assert x.ndim == 1 or x.std() > 0.01, name
+
+
 class Evil:
     """Unpickled freely, it would write a file."""
 
