@@ -138,7 +138,7 @@ def main(
     requests: int = 1000,
     shrink_prompts: float = 16.0,
     shrink_outputs: float = 6.0,
-    load: float = 0.9,
+    load: float = 0.7,
     tp: int = 2,
     max_seq_len: int = 512,
     num_kv_blocks: int = 256,
@@ -181,8 +181,8 @@ def main(
     command = (
         f"python -m tpserve.bench.engine_trace --trace {Path(trace).name} --model {Path(model).name} "
         f"--requests {requests} --shrink_prompts {shrink_prompts:g} --shrink_outputs {shrink_outputs:g} "
-        f"--load {load:g} --tp {tp} --max_seq_len {max_seq_len} --num_kv_blocks {num_kv_blocks} --block_size {block_size} "
-        f"--calibration {calibration}"
+        f"--load {load:g} --tp {tp} --max_seq_len {max_seq_len} --num_kv_blocks {num_kv_blocks} "
+        f"--block_size {block_size} --calibration {calibration}"
     )
     write_result("engine_trace", command, figures)
     if any(figures["faults"].values()) or not figures["preemptions"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import tempfile
 import threading
@@ -35,7 +36,7 @@ class Stream:
         token_ids: so far.
         heard_s: when each of them came.
         num_cached_tokens: prompt tokens that the prefix cache had.
-        finish_reason, error: of the last output.
+        finish_reason, ended_s: of the last output.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class Stream:
         self.heard_s: list[float] = []
         self.num_cached_tokens = 0
         self.finish_reason: str | None = None
-        self.error: str | None = None
+        self.ended_s = math.inf
         self._on_tokens = on_tokens
         self._begun, self._ended = threading.Event(), threading.Event()
 
@@ -73,8 +74,8 @@ class Stream:
 
     @property
     def end_to_end_s(self) -> float:
-        """From arrival to the last token."""
-        return self.heard_s[-1] - self.arrived_s
+        """From arrival to the end."""
+        return self.ended_s - self.arrived_s
 
     def gaps_s(self, after_s: float = 0.0) -> list[float]:
         """The times between tokens, of those that came after `after_s`."""
@@ -101,7 +102,7 @@ class Stream:
             self._on_tokens(self)
         self._begun.set()
         if output.finish_reason is not None:
-            self.finish_reason, self.error = output.finish_reason, output.error
+            self.finish_reason, self.ended_s = output.finish_reason, now_s
             self._ended.set()
 
 
