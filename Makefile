@@ -1,4 +1,5 @@
-# Every target sets up what it needs; VENV may name an environment that exists already.
+# Every target sets up what it needs; VENV may name an environment that exists already, and TRACE a CSV file for
+# bench/engine_trace.py.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -29,6 +30,10 @@ lint: install
 bench: install
 	$(BIN)/python -m tpserve.bench.convert_memory
 	$(BIN)/python -m tpserve.bench.load_bytes
+	$(BIN)/python -m tpserve.bench.engine_overhead
+	$(BIN)/python -m tpserve.bench.chunked_prefill
+	$(BIN)/python -m tpserve.bench.prefix_cache
+	$(if $(TRACE),$(BIN)/python -m tpserve.bench.engine_trace --trace $(TRACE))
 
 clean:
 	rm -rf $(VENV) build
