@@ -16,6 +16,8 @@ from tpserve.engine.config import EngineConfig
 
 MAX_SEQ_LEN = 160
 SAMPLED = {"temperature": 0.9, "top_p": 0.95}
+# Its state is not in the tokens' positions alone: whoever goes on after a preemption must find it again.
+DECAY = {"temperature": 1.5, "top_p": 0.95, "top_p_decay": 0.7, "top_p_reset_ids": tuple(range(400, 460))}
 
 Request = tuple[list[int], dict[str, Any]]
 REQUESTS: list[Request] = []  # filled by `config`: their prompts are in the shared data
@@ -25,8 +27,9 @@ BF16_MARGIN = 3 / 16
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
+    ways: list[dict[str, Any]] = [{}, SAMPLED, {"repetition_penalty": 1.2, "bad_words": ((261, 265), (426, 13))}, DECAY]
     REQUESTS[:] = [
-        (prompt, {"max_new_tokens": 6 + 11 * (i % 5)} | (SAMPLED | {"seed": 100 + i} if i % 2 else {}))
+        (prompt, {"max_new_tokens": 6 + 11 * (i % 5), "seed": 100 + i} | ways[i % 4])
         for i, prompt in enumerate(prompts(12, seed=8, longest=90))
     ]
     return EngineConfig(
