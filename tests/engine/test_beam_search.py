@@ -94,13 +94,22 @@ SEARCHES: list[dict[str, Any]] = [
     {"beam_width": 2, "n": 2, "max_new_tokens": 15, "repetition_penalty": 1.2, "bad_words": ((261,), (265, 280))},
     {"beam_width": 4, "n": 4, "max_new_tokens": 12, "logit_bias": {EOS: 24.0}, "min_tokens": 5, "len_penalty": 0.0},
     {"beam_width": 5, "n": 1, "max_new_tokens": 20, "presence_penalty": 0.5, "logit_bias": {EOS: 14.0}},
+    # An answer of the lowest rank that counts is among the best in the end.
+    {"beam_width": 3, "n": 3, "max_new_tokens": 12, "logit_bias": {EOS: 18.0}},
+    # A beam overtakes finished answers only when it is much longer.
+    {"beam_width": 2, "n": 2, "max_new_tokens": 12, "logit_bias": {EOS: 27.0}, "len_penalty": 2.0},
 ]
+
+
+def search_prompts() -> list[list[int]]:
+    chosen = [prompts(4, seed=20, longest=15)[0], prompts(5, seed=21, longest=15)[3]]
+    return prompts(len(SEARCHES) - 2, seed=9, longest=30) + chosen
 
 
 @pytest.fixture(scope="module")
 def expected() -> list[list[Answer]]:
     """What the textbook's search finds."""
-    some = prompts(len(SEARCHES), seed=9, longest=30)
+    some = search_prompts()
     found = [beam_search(plain_model(), SamplingParams(**how), p, EOS) for p, how in zip(some, SEARCHES, strict=True)]
     assert min(margin for _, margin in found) > 1e-5, "rounding may decide these searches: choose others"
     assert {answer.finish_reason for answers, _ in found for answer in answers} == {"stop", "length"}
@@ -108,12 +117,12 @@ def expected() -> list[list[Answer]]:
 
 
 def start(engine: Any) -> list[Collected]:
-    some = prompts(len(SEARCHES), seed=9, longest=30)
+    some = search_prompts()
     return [Collected(engine, p, **how, logprobs=0) for p, how in zip(some, SEARCHES, strict=True)]
 
 
 def check(streams: list[Collected], expected: list[list[Answer]]) -> None:
-    some = prompts(len(SEARCHES), seed=9, longest=30)
+    some = search_prompts()
     for prompt, stream, answers in zip(some, streams, expected, strict=True):
         said = [(stream.answers[i], stream.finish_reasons[i]) for i in range(stream.params.n)]
         assert said == [(answer.token_ids, answer.finish_reason) for answer in answers]
