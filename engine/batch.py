@@ -22,6 +22,7 @@ from tpserve.model.logits import BadWords, Penalties, SamplingBatch, SparseBias
 from tpserve.model.sampling import next_top_p
 
 Array = np.ndarray[Any, Any]
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 class BatchState:
@@ -235,7 +236,9 @@ class DrawBuilder:
     def _bias(self, seqs: list[Sequence], too_short: list[bool]) -> SparseBias | None:
         entries: list[tuple[int, int, float]] = []
         for i, seq in enumerate(seqs):
-            entries += [(i, token, bias) for token, bias in seq.params.logit_bias.items()]
+            # What float32 cannot hold would make numpy warn in the users' logs, or fail where warnings are errors.
+            biases = seq.params.logit_bias.items()
+            entries += [(i, token, max(-_FLOAT32_MAX, min(bias, _FLOAT32_MAX))) for token, bias in biases]
             entries += [(i, word[0], -math.inf) for word in seq.params.bad_words if len(word) == 1]
             if too_short[i]:
                 entries += [(i, token, -math.inf) for token in sorted(seq.stop_token_ids)]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.helpers.local import LocalEngine
 from tests.helpers.plain import Floats, Tally, check, log_softmax, seed_of
 from tests.helpers.requests import Collected
 from tests.helpers.stories import EOS, VOCAB_SIZE, converted, plain_model, prompts
@@ -239,3 +241,14 @@ def test_any_controls_side_by_side(engine: Engine) -> None:
     rng = random.Random(6)
     answers = engine.answers([(p, mixture(rng)) for p in prompts(48, seed=6, longest=90)])
     assert len({tuple(answer[0]) for answer in answers}) > 40
+
+
+def test_a_bias_beyond_float32_draws_no_warning(tmp_path: Path) -> None:
+    # Of this process: its warnings are errors. A rank's would stand in its users' logs, once for whoever asks.
+    engine = LocalEngine(EngineConfig(checkpoint_dir=str(converted(tmp_path)), device="cpu", max_seq_len=MAX_SEQ_LEN))
+    streams = [
+        Collected(engine, [1, 5], max_new_tokens=3, logit_bias={A: 1e300, THE: -1e300}, **how)  # type: ignore[arg-type]
+        for how in ({}, SAMPLED)
+    ]
+    engine.run()
+    assert [stream.ids for stream in streams] == [[A] * 3] * 2
