@@ -73,8 +73,9 @@ class PlainLlama:
         return y
 
     def _norm(self, x: Floats, name: str) -> Floats:
-        y: Floats = x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + self._params["norm_eps"])
-        return y * self._weights[f"{name}.weight"]
+        scale: Floats = np.sqrt((x * x).mean(axis=-1, keepdims=True) + self._params["norm_eps"])
+        y: Floats = x / scale * self._weights[f"{name}.weight"]
+        return y
 
 
 def _rotate(x: Floats) -> Floats:
