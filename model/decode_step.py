@@ -1,0 +1,241 @@
+"""The kernels of one decode step, from the tokens' ids to the logits, on buffers of their own.
+
+Few sequences (up to `linear.MAX_ROWS`) go through kernels that stream the weights; more through cuBLAS, with kernels in
+between. Over several ranks sums and logits are exchanged through each other's memory (`all_reduce.py`) while they are
+small, through NCCL when they are large or there is no such memory.
+
+Shape suffixes: S rows of the step, D residual width, N rows of a joined matrix, H query and K key/value heads of this
+rank, E head width, F feed-forward width of this rank, V vocabulary, R, L, B as in `engine/batch.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from tpserve.model.kernels import linear, norm, pointwise
+from tpserve.model.kernels.all_reduce import WordExchange
+from tpserve.model.kernels.paged_attention import decode_scratch, paged_decode_attention
+from tpserve.model.kernels.tiles import Tile, choose_tiles
+from tpserve.model.kv_cache import PagedKVCache
+from tpserve.model.llama import Llama, TransformerBlock
+from tpserve.model.parallel import TensorParallel
+from tpserve.model.plan import chunk_bounds
+
+MAX_WORD_ROWS = 64  # sequences whose sums go through the ranks' memory; beyond, NCCL is as fast
+MAX_SPLIT = 4  # terms that one rank may push of a sum, with up to 8 sequences
+
+
+@dataclasses.dataclass(frozen=True)
+class FusedLayer:
+    """A block's weights; matrices that read the same input lie one below the other."""
+
+    attention_norm_D: torch.Tensor
+    wqkv_ND: torch.Tensor
+    wo_DN: torch.Tensor
+    ffn_norm_D: torch.Tensor
+    w13_ND: torch.Tensor
+    w2_DF: torch.Tensor
+
+
+def fuse(block: TransformerBlock) -> FusedLayer:
+    """Joins a block's matrices; its modules keep views, so the pieces need no memory any more."""
+    attention, ffn = block.attention, block.feed_forward
+
+    def join(*linears: nn.Linear) -> torch.Tensor:
+        joined = torch.cat([each.weight.detach() for each in linears])
+        for each, view in zip(linears, torch.split(joined, [len(each.weight) for each in linears]), strict=True):
+            each.weight = nn.Parameter(view, requires_grad=False)
+        return joined
+
+    layer = FusedLayer(
+        attention_norm_D=block.attention_norm.weight.detach(),
+        wqkv_ND=join(attention.wq, attention.wk, attention.wv),
+        wo_DN=attention.wo.weight.detach(),
+        ffn_norm_D=block.ffn_norm.weight.detach(),
+        w13_ND=join(ffn.w1, ffn.w3),
+        w2_DF=ffn.w2.weight.detach(),
+    )
+    # torch would keep the pieces' memory in sizes that the next joined matrix does not fit.
+    if layer.wo_DN.is_cuda:
+        torch.cuda.empty_cache()
+    return layer
+
+
+class DecodeStep:
+    """Enqueues steps on the current stream.
+
+    Args:
+        model: its weights are joined (`fuse`).
+        cache, tp, tokens_RL, tables_RB: as for `FusedDecoder`.
+        batch_sizes: S of the steps to come, ascending.
+
+    Attributes:
+        rows_S, positions_S: int64 input; position -1 is padding.
+        logits_SV: float32 output.
+        tiles: of the products by S; tuning may put others here.
+    """
+
+    def __init__(
+        self,
+        model: Llama,
+        cache: PagedKVCache,
+        tp: TensorParallel,
+        tokens_RL: torch.Tensor,
+        tables_RB: torch.Tensor,
+        batch_sizes: list[int],
+    ) -> None:
+        args, device, dtype = model.args, model.output.weight.device, model.output.weight.dtype
+        self._cache, self._tp, self._tokens_RL, self._tables_RB = cache, tp, tokens_RL, tables_RB
+        self._layers = [fuse(block) for block in model.layers]  # type: ignore[arg-type]
+        self._embeddings_VD, self._norm_D = model.tok_embeddings.weight.detach(), model.norm.weight.detach()
+        self._head_VD, self._rope_PC2 = model.output.weight.detach(), model.rope_PC2
+        first, e = self._layers[0], args.head_dim
+        h, kv_heads, f = first.wo_DN.shape[1] // e, cache.k[0].shape[1], first.w2_DF.shape[1]
+        largest = batch_sizes[-1]
+        rows = max(largest, linear.padded_rows(min(largest, linear.MAX_ROWS)))
+
+        def zeros(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self.rows_S = zeros(rows, dtype=torch.int64)
+        self.positions_S = zeros(rows, dtype=torch.int64).fill_(-1)
+        self._slots_S, self._lens_S = zeros(rows, dtype=torch.int64), zeros(rows, dtype=torch.int64)
+        self._count = zeros(1, dtype=torch.int32)  # of steps, for the exchange's epochs
+        sums = zeros(rows * (args.dim // 4), dtype=torch.float32)
+        residual_SD = zeros(rows, args.dim, dtype=torch.float32)
+        self._normed = norm.Normed(residual_SD, zeros(rows, args.dim), sums, args.norm_eps)
+        self._q_SHE, self._attended_SHE, self._act_SF = zeros(rows, h, e), zeros(rows, h, e), zeros(rows, f)
+        self._wide = zeros(rows * max(len(first.wqkv_ND), 2 * f, len(self._head_VD)))
+        self._partial_SD = zeros(rows, args.dim)
+        self._share = chunk_bounds(args.vocab_size, tp.size)[0][1]
+        self.logits_SV = zeros(rows, args.vocab_size, dtype=torch.float32)
+        if tp.size > 1:
+            self._own_logits_SV = zeros(rows, len(self._head_VD), dtype=torch.float32)
+        processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+        longest = tokens_RL.shape[1]
+        self._splits = {s: _splits(s, h, kv_heads, longest, processors) for s in batch_sizes}
+        items = max(s * splits for s, splits in self._splits.items())
+        self._scratch = decode_scratch(largest, h, e, -(-items // largest), device)
+        self.tiles = {s: choose_tiles(s, args.dim, e, tp.size) for s in batch_sizes if s <= linear.MAX_ROWS}
+        self._per_step = 2 * len(self._layers) + 1
+        self._exchange = self._make_exchange() if tp.size > 1 else None
+        self._pdl = device.type == "cuda"
+
+    @property
+    def exchanges_words(self) -> bool:
+        """Whether small sums go through the ranks' memory."""
+        return self._exchange is not None
+
+    def _make_exchange(self) -> WordExchange | None:
+        """None, on all ranks alike, where a rank cannot reach another's memory."""
+        d, v = self._embeddings_VD.shape[1], self.logits_SV.shape[1]
+        rows = len(self.rows_S)
+        exchange, ok = None, torch.ones(1, device=self._count.device)
+        try:
+            exchange = WordExchange(
+                self._tp,
+                self._count.device,
+                terms=max(8 * MAX_SPLIT, min(rows, MAX_WORD_ROWS)),
+                dim=d,
+                gathered=min(rows, linear.MAX_ROWS) * v,
+                per_step=self._per_step,
+                step=self._count,
+            )
+        except RuntimeError:
+            ok.zero_()
+        dist.all_reduce(ok, dist.ReduceOp.MIN, group=self._tp.group)
+        return exchange if ok.item() else None
+
+    def enqueue(self, s: int) -> None:
+        """One step of the first `s` input rows; leaves logits for as many."""
+        few = s <= linear.MAX_ROWS
+        layers, gains = self._layers, [layer.attention_norm_D for layer in self._layers] + [self._norm_D]
+        parts = norm.embed(
+            self._tokens_RL, self._tables_RB, self.rows_S[:s], self.positions_S[:s], self._embeddings_VD, gains[0],
+            self._normed, self._slots_S, self._lens_S, self._count, self._cache.block_size,
+        )  # fmt: skip
+        for i, layer in enumerate(layers):
+            self._qkv(i, parts, s)
+            # Lengths and rows are older than the kernel in front of it, which is what early launching asks for.
+            paged_decode_attention(
+                self._q_SHE[:s], self._cache.k[i], self._cache.v[i], self._tables_RB, self.rows_S[:s], self._lens_S[:s],
+                self._attended_SHE[:s], self._scratch, block_size=self._cache.block_size, num_splits=self._splits[s],
+                pdl=self._pdl and few,
+            )  # fmt: skip
+            tile = self.tiles[s].wo if few else None
+            parts = self._add(self._attended_SHE.flatten(1), layer.wo_DN, layer.ffn_norm_D, s, 2 * i, tile)
+            if few:
+                linear.gate_up(self._normed, parts, layer.w13_ND, self._act_SF, s, self.tiles[s].gate_up, pdl=self._pdl)
+            else:
+                wide = self._multiply(layer.w13_ND, s)
+                pointwise.silu_mul(wide, self._normed, parts, self._act_SF[:s])
+            tile = self.tiles[s].down if few else None
+            parts = self._add(self._act_SF, layer.w2_DF, gains[i + 1], s, 2 * i + 1, tile)
+        self._logits(parts, s)
+
+    def _multiply(self, w_ND: torch.Tensor, s: int) -> torch.Tensor:
+        """The normed rows times a joined matrix, [s, N]."""
+        out = self._wide[: s * len(w_ND)].view(s, len(w_ND))
+        return torch.mm(self._normed.x_SD[:s], w_ND.t(), out=out)
+
+    def _qkv(self, i: int, parts: int, s: int) -> None:
+        layer, k, v = self._layers[i], self._cache.k[i], self._cache.v[i]
+        if s <= linear.MAX_ROWS:
+            linear.qkv(
+                self._normed, parts, layer.wqkv_ND, self._q_SHE, k, v, self._rope_PC2, self.positions_S, self._slots_S,
+                s, self.tiles[s].qkv, pdl=self._pdl,
+            )  # fmt: skip
+        else:
+            wide = self._multiply(layer.wqkv_ND, s)
+            pointwise.rope_and_write(
+                wide, self._normed, parts, self._q_SHE, k, v, self._rope_PC2, self.positions_S, self._slots_S
+            )
+
+    def _add(
+        self, x: torch.Tensor, w: torch.Tensor, gain_D: torch.Tensor, s: int, index: int, tile: Tile | None
+    ) -> int:
+        """residual += x @ wᵀ summed over the ranks; returns the parts of the new sums of squares."""
+        if self._tp.size == 1 and tile is not None:
+            return linear.add_product(x, w, self._normed, gain_D, s, tile, pdl=self._pdl)
+        words = self._exchange if s <= MAX_WORD_ROWS else None
+        if words is not None and tile is not None:
+            linear.push_product(x, w, words, s, index, tile, pdl=self._pdl)
+            return words.add(self._normed, gain_D, s, index, tile.split, pdl=self._pdl)
+        partial = torch.mm(x[:s], w.t(), out=self._partial_SD[:s])
+        if words is not None:
+            words.push_matrix(partial, index)
+            return words.add(self._normed, gain_D, s, index, 1, pdl=False)
+        if self._tp.size > 1:
+            dist.all_reduce(partial, group=self._tp.group)
+        return norm.add(partial, self._normed, gain_D)
+
+    def _logits(self, parts: int, s: int) -> None:
+        few, index = s <= linear.MAX_ROWS, self._per_step - 1
+        words = self._exchange if few else None
+        out = self.logits_SV if self._tp.size == 1 or words is not None else self._own_logits_SV
+        if few:
+            first = 0 if words is None else self._tp.rank * self._share
+            linear.logits(
+                self._normed, parts, self._head_VD, out, s, self.tiles[s].head, words, first, index, pdl=self._pdl
+            )
+        else:
+            pointwise.scale(self._multiply(self._head_VD, s), self._normed, parts, out[:s])
+        if words is not None:
+            words.gather(self.logits_SV[:s], index, pdl=self._pdl)
+            return
+        if self._tp.size > 1:
+            self.logits_SV[:s] = self._tp.gather_vocabulary(out[:s], self.logits_SV.shape[1])
+
+
+def _splits(s: int, heads: int, kv_heads: int, longest: int, processors: int) -> int:
+    """Items that attention cuts a sequence into: two programs a multiprocessor, and one for rounding (see there).
+
+    An item's result is a row of every query head that the others' wait to be added to: with several heads to a
+    key/value head, that pays for longer items only.
+    """
+    several, least = int(s > 1), 64 if heads == kv_heads else 256
+    return max(1 + several, min(2 * processors // (s * kv_heads), -(-longest // least), 32) + several)

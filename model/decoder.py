@@ -1,0 +1,117 @@
+"""Decode steps as CUDA graphs: one token of each of N sequences, from the token's id to the logits, in one launch.
+
+The graph reads and writes where the engine's own state is (tokens, block tables, the paged cache), so a step is given
+two numbers a sequence: its row and its position. Buckets are the batch sizes that graphs exist for; a smaller batch is
+padded with entries of position -1, which read nobody's tokens, write no keys and attend to nothing.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+
+import torch
+
+from tpserve.model import kernels
+from tpserve.model.kv_cache import PagedKVCache
+from tpserve.model.llama import Llama
+from tpserve.model.parallel import TensorParallel
+
+
+class FusedDecoder:
+    """One decode step for N sequences, one token each, as one CUDA graph a bucket.
+
+    Takes over the model's weights: those of a block that read the same input are joined, one block at a time, and the
+    modules' own parameters become views of them, so `Llama.forward` goes on working and no second copy exists.
+    On several ranks all must make the same decoders, captures and calls in the same order.
+
+    Args:
+        model: on its device; `supports` says yes to it.
+        cache: where keys and values live.
+        tp: this rank's place.
+        tokens_RL: int64, the tokens of each row; the graph reads a sequence's token at its position.
+        tables_RB: int64 block tables.
+        max_num_seqs: the largest batch.
+        buckets: batch sizes; None: `default_buckets`.
+    """
+
+    def __init__(
+        self,
+        model: Llama,
+        cache: PagedKVCache,
+        tp: TensorParallel,
+        tokens_RL: torch.Tensor,
+        tables_RB: torch.Tensor,
+        *,
+        max_num_seqs: int,
+        buckets: Sequence[int] | None = None,
+    ) -> None:
+        from tpserve.model.decode_step import DecodeStep  # needs Triton
+
+        self.buckets = sorted(set(buckets or default_buckets(max_num_seqs)))
+        self.step = DecodeStep(model, cache, tp, tokens_RL, tables_RB, self.buckets)
+        self._device = tokens_RL.device
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        self._pool = torch.cuda.graph_pool_handle()
+
+    @staticmethod
+    def supports(model: Llama, device: torch.device) -> bool:
+        """Whether this model decodes so: bfloat16, Triton, and a GPU of compute capability 9.0 (early launches)."""
+        weight, args = model.output.weight, model.args
+        return (
+            importlib.util.find_spec("triton") is not None
+            and device.type == "cuda"
+            and torch.cuda.get_device_capability(device) >= (9, 0)
+            and weight.dtype == torch.bfloat16
+            and args.dim % 64 == 0
+            and args.head_dim % 16 == 0
+            and kernels.supports(device, weight.dtype, args.n_heads, args.n_kv_heads, args.head_dim)
+        )
+
+    @torch.no_grad()
+    def capture(self, bucket: int) -> None:
+        """Makes one bucket's graph: compiles and warms up its kernels on padding, then records them."""
+        if bucket in self._graphs:
+            return
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            self.step.positions_S.fill_(-1)
+            self.step.enqueue(bucket)
+            self._stream.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            # Other threads of the process may use the device while this one records.
+            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+                self.step.enqueue(bucket)
+        current.wait_stream(self._stream)
+        self._graphs[bucket] = graph
+
+    def ready(self, n: int) -> bool:
+        """Whether a batch of `n` has a graph."""
+        return any(bucket >= n for bucket in self._graphs)
+
+    def __call__(self, rows_N: torch.Tensor, positions_N: torch.Tensor) -> torch.Tensor:
+        """Runs one step.
+
+        Args:
+            rows_N: int64, the sequences' rows.
+            positions_N: int64, the position of the token that each computes.
+
+        Returns:
+            float32 logits [N, V], the same bits on every rank; overwritten by the next call.
+        """
+        n = len(rows_N)
+        bucket = min(bucket for bucket in self._graphs if bucket >= n)
+        self.step.rows_S[:n].copy_(rows_N)
+        self.step.positions_S[:n].copy_(positions_N)
+        if n < bucket:
+            self.step.positions_S[n:bucket].fill_(-1)
+        self._graphs[bucket].replay()
+        return self.step.logits_SV[:n]
+
+
+def default_buckets(max_num_seqs: int) -> list[int]:
+    """1, 2, 4 … 32, then every 32 sequences, up to the first that holds `max_num_seqs`."""
+    sizes = [1, 2, 4, 8, 16, *range(32, max_num_seqs + 32, 32)]
+    return [size for i, size in enumerate(sizes) if i == 0 or sizes[i - 1] < max_num_seqs]

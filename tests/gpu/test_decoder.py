@@ -1,0 +1,223 @@
+"""Decode graphs beside the plain network: the same logits, nothing written for padding, the same bits every time.
+
+Run by `python -m torch.distributed.run` this file is one rank of the tests that need several.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tpserve.model.args import ModelArgs
+from tpserve.model.attention import PagedAttention
+from tpserve.model.decoder import FusedDecoder, default_buckets
+from tpserve.model.kv_cache import PagedKVCache
+from tpserve.model.llama import Llama
+from tpserve.model.parallel import TensorParallel, kv_heads_per_rank, localize, parallelize
+from tpserve.model.rope import rope_table
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU"),
+]
+ROWS, MAX_LEN, BLOCK = 72, 320, 16
+# The second has shapes that no tile divides: feed-forward 344 (172 on each of two ranks) and 515 tokens.
+SHAPES = {
+    "wide": ModelArgs(512, 2, 4, 4, 512, 1024),
+    "odd": ModelArgs(256, 3, 8, 2, 515, 344),
+}
+
+
+class Setup:
+    """A random model whose cache holds random keys and values for `ROWS` sequences, and its decoder."""
+
+    def __init__(self, args: ModelArgs, tp: TensorParallel, buckets: Sequence[int]) -> None:
+        device = torch.device("cuda", torch.cuda.current_device())
+        with torch.device("meta"):
+            model = Llama(args, MAX_LEN).to(torch.bfloat16)
+        if tp.size > 1:
+            parallelize(model, tp, "cuda")
+        model.to_empty(device=device)
+        localize(model, tp)
+        model.rope_PC2 = rope_table(args, MAX_LEN, device)
+        shared, own = (torch.Generator(device).manual_seed(seed) for seed in (7, 100 + tp.rank))
+        for name, parameter in model.named_parameters():
+            mean, std = (1, 0.1) if parameter.ndim == 1 else (0, 0.06)
+            parameter.data.normal_(mean, std, generator=shared if "norm" in name or "tok" in name else own)
+        blocks = ROWS * MAX_LEN // BLOCK
+        self.cache = PagedKVCache(
+            args.n_layers, blocks, BLOCK, kv_heads_per_rank(args, tp.size), args.head_dim,
+            dtype=torch.bfloat16, device=device,
+        )  # fmt: skip
+        for tensor in (*self.cache.k, *self.cache.v):
+            tensor.normal_(generator=own)
+        seeded = torch.Generator().manual_seed(3)
+        self.tokens_RL = torch.randint(args.vocab_size, (ROWS, MAX_LEN), generator=seeded).to(device)
+        self.tables_RB = torch.randperm(blocks, generator=seeded).view(ROWS, -1).to(device)
+        self.model, self.device = model, device
+        self.decoder = FusedDecoder(
+            model, self.cache, tp, self.tokens_RL, self.tables_RB, max_num_seqs=ROWS, buckets=buckets
+        )
+
+    def batch(self, n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Random rows, each once, at random positions."""
+        generator = torch.Generator().manual_seed(seed)
+        positions = torch.randint(MAX_LEN, (n,), generator=generator)
+        return torch.randperm(ROWS, generator=generator)[:n].to(self.device), positions.to(self.device)
+
+    @torch.no_grad()
+    def plain(self, rows_N: torch.Tensor, positions_N: torch.Tensor) -> torch.Tensor:
+        lens = [position + 1 for position in positions_N.tolist()]
+        attend = PagedAttention(self.cache, self.tables_RB, rows_N, positions_N, lens, [])
+        logits: torch.Tensor = self.model(self.tokens_RL[rows_N, positions_N], positions_N, attend)
+        return logits
+
+    def to_float32(self) -> None:
+        self.model.float()
+        self.cache.k, self.cache.v = ([t.float() for t in ts] for ts in (self.cache.k, self.cache.v))
+
+    def contents(self) -> list[torch.Tensor]:
+        return [t.clone() for t in (*self.cache.k, *self.cache.v)]
+
+
+def check_logits(setup: Setup, sizes: Sequence[int]) -> None:
+    """The decoder is no further from float32 than the plain network in bfloat16."""
+    outputs = {}
+    for n in sizes:
+        setup.decoder.capture(min(bucket for bucket in setup.decoder.buckets if bucket >= n))
+        batch = setup.batch(n, seed=n)
+        outputs[n] = (setup.decoder(*batch).clone(), setup.plain(*batch))
+    setup.to_float32()
+    for n, (fused, plain) in outputs.items():
+        reference = setup.plain(*setup.batch(n, seed=n))
+        fused_error, plain_error = ((x - reference).norm() / reference.norm() for x in (fused, plain))
+        assert fused_error < 1.1 * plain_error, f"{n} sequences: {fused_error:.4f}, the plain network {plain_error:.4f}"
+        assert plain_error < 0.05
+
+
+def one_rank(shape: str, buckets: Sequence[int]) -> Setup:
+    return Setup(SHAPES[shape], TensorParallel(), buckets)
+
+
+@pytest.mark.parametrize("shape", list(SHAPES))
+def test_logits(shape: str) -> None:
+    check_logits(one_rank(shape, [1, 2, 8, 16, 32, 64]), [1, 2, 3, 8, 13, 32, 50, 64])
+
+
+@pytest.mark.parametrize("n", [1, 3, 7, 40])
+def test_writes_the_new_keys_and_values_and_nothing_else(n: int) -> None:
+    setup = one_rank("wide", [1, 4, 8, 64])
+    before = setup.contents()
+    setup.decoder.capture(min(bucket for bucket in setup.decoder.buckets if bucket >= n))
+    assert all(torch.equal(a, b) for a, b in zip(before, setup.contents(), strict=True)), (
+        "a capture wrote into the cache"
+    )
+    rows, positions = setup.batch(n)
+    setup.decoder(rows, positions)
+    slots = setup.tables_RB[rows, positions // BLOCK] * BLOCK + positions % BLOCK
+    fused = setup.contents()
+    setup.plain(rows, positions)
+    for was, now, plain in zip(before, fused, setup.contents(), strict=True):
+        changed = (was != now).flatten(1).any(1).nonzero().flatten()
+        assert changed.tolist() == sorted(slots.tolist())
+        torch.testing.assert_close(now[slots], plain[slots], atol=0.1, rtol=0.05)
+
+
+def test_the_same_bits_in_every_replay_and_beside_any_others() -> None:
+    setup = one_rank("wide", [1, 2, 4, 8, 16, 64])
+    for bucket in setup.decoder.buckets:
+        setup.decoder.capture(bucket)
+    rows, positions = setup.batch(8)
+    together = setup.decoder(rows, positions).clone()
+    for n in (8, 7, 4, 3, 2):  # buckets up to 8 do the same sums
+        for _ in range(20):
+            assert torch.equal(setup.decoder(rows[:n], positions[:n]), together[:n])
+    for n in (1, 16, 64):
+        batch = setup.batch(n)
+        first = setup.decoder(*batch).clone()
+        assert all(torch.equal(setup.decoder(*batch), first) for _ in range(20))
+
+
+def test_the_modules_keep_views_of_the_joined_weights() -> None:
+    setup = one_rank("wide", [1])
+    block = setup.model.layers[0]
+    pieces = [block.attention.wq, block.attention.wk, block.attention.wv]
+    assert len({piece.weight.untyped_storage().data_ptr() for piece in pieces}) == 1
+    assert block.feed_forward.w1.weight.untyped_storage().data_ptr() == (
+        block.feed_forward.w3.weight.untyped_storage().data_ptr()
+    )
+
+
+def test_ready_and_supports() -> None:
+    setup = one_rank("wide", [1, 4])
+    assert FusedDecoder.supports(setup.model, setup.device)
+    assert not FusedDecoder.supports(setup.model, torch.device("cpu"))
+    assert not setup.decoder.ready(1)
+    setup.decoder.capture(1)
+    assert setup.decoder.ready(1)
+    assert not setup.decoder.ready(2)
+    assert default_buckets(1) == [1]
+    assert default_buckets(20) == [1, 2, 4, 8, 16, 32]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.timeout(900)
+def test_ranks(ranks: int) -> None:
+    """Logits on several ranks, and exchanges in a hurry; TPSERVE_SOAK_EXCHANGES sets how many (10⁶: four minutes)."""
+    if torch.cuda.device_count() < ranks:
+        pytest.skip(f"needs {ranks} GPUs")
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--master-port=0", __file__]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def soak(setup: Setup, tp: TensorParallel, exchanges: int) -> None:
+    """Many steps on ranks that fall behind in turn: whoever read a word of another exchange would see other logits."""
+    batches = [setup.batch(n, seed) for seed in range(3) for n in (1, 3, 8)]
+    first = [setup.decoder(*batch).clone() for batch in batches]
+    wrong = torch.zeros((), dtype=torch.int64, device=setup.device)
+    generator = torch.Generator().manual_seed(tp.rank)
+    per_step = 2 * len(setup.model.layers) + 1
+    for step in range(exchanges // per_step):
+        i = step * 5 % len(batches)  # neighbours in time differ in tokens and in size
+        if step % 16 == 0:
+            torch.cuda._sleep(int(torch.randint(200_000, (), generator=generator)))
+        if step % 1000 == 0:
+            time.sleep(float(torch.rand((), generator=generator)) / 100)
+        wrong += (setup.decoder(*batches[i]) != first[i]).any()
+    assert not wrong.item(), f"{wrong.item()} steps differed"
+
+
+def rank_main() -> None:
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", device_id=device)
+    tp = TensorParallel.from_world()
+    for shape in SHAPES:
+        if SHAPES[shape].ffn_hidden_dim % (8 * tp.size) and tp.size > 2:
+            continue
+        setup = Setup(SHAPES[shape], tp, [1, 4, 8, 16, 32, 64, 72])
+        assert setup.decoder.step.exchanges_words
+        for bucket in setup.decoder.buckets:
+            setup.decoder.capture(bucket)
+        for n in (1, 3, 8, 20, 50, 70):
+            logits = setup.decoder(*setup.batch(n)).clone()
+            every = [torch.empty_like(logits) for _ in range(tp.size)]
+            dist.all_gather(every, logits)
+            assert all(torch.equal(other, logits) for other in every), f"{n} sequences: the ranks differ"
+        soak(setup, tp, int(os.environ.get("TPSERVE_SOAK_EXCHANGES", "20000")))
+        check_logits(setup, [1, 3, 8, 20, 50, 70])
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    rank_main()
