@@ -1,0 +1,27 @@
+"""Triton kernels of the CUDA path. This package itself imports no Triton: a machine without it can ask `supports`."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def supports(device: torch.device, dtype: torch.dtype, n_heads: int, n_kv_heads: int, head_dim: int) -> bool:
+    """Whether the attention kernels take this model; if not, `tpserve.model.attention` is the way.
+
+    Args:
+        n_heads, n_kv_heads: of one rank.
+    """
+    return (
+        device.type == "cuda"
+        and importlib.util.find_spec("triton") is not None
+        and torch.cuda.get_device_capability(device) >= (8, 0)  # bf16 on the tensor cores, cp.async
+        and dtype in _DTYPES
+        and n_heads % n_kv_heads == 0
+        and n_heads // n_kv_heads <= 64  # the query heads of a key/value head are rows of one tile
+        and head_dim % 2 == 0
+        and head_dim <= 256
+    )

@@ -1,0 +1,237 @@
+# Kernels are compiled by Triton from their source; a checker sees no types in them.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+"""Decoding over the paged KV cache: one query token a sequence, the keys split among programs.
+
+Split keys: Dao et al., "Flash-Decoding for long-context inference", 2023.
+
+Shape suffixes: S sequences (a bucket: entries of length 0 are padding), H query heads and K key/value heads of this
+rank, G = H / K, E head width, R rows and B blocks of the block tables.
+
+One program takes one *item*: a stretch of one sequence's keys, for the G query heads of one key/value head. How long a
+stretch is follows from the lengths, which only the device knows: a CUDA graph captured once serves every mix of
+lengths, and a long sequence beside short ones is cut into more items. The grid has `num_splits` items a sequence; of
+the shares to hand out, one a sequence is kept back for rounding up, so that there are never more items than programs.
+The last program of a sequence to finish adds up what all of them found.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+# Pairs of a sequence and a key/value head: with so many, sequences are split only for balance; with as many as there
+# are multiprocessors (132), not even that.
+_MANY = 256
+_ONE_EACH = range(96, 133)
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeScratch:
+    """What programs of one launch tell each other; launches that may run at the same time need one each.
+
+    Attributes:
+        partial: float32 [items, H, E], softmax-weighted values of an item.
+        lse: float32 [items, H], log2 of the sum of its exponentials.
+        arrived: int32 [S, K], zero between launches.
+    """
+
+    partial: torch.Tensor
+    lse: torch.Tensor
+    arrived: torch.Tensor
+
+
+def decode_scratch(max_S: int, H: int, E: int, max_splits: int, device: torch.device) -> DecodeScratch:
+    """Scratch for launches of up to `max_S` sequences with up to `max_splits` splits each."""
+    items = max_S * max_splits
+    return DecodeScratch(
+        partial=torch.empty(items, H, E, dtype=torch.float32, device=device),
+        lse=torch.empty(items, H, dtype=torch.float32, device=device),
+        arrived=torch.zeros(max_S, H, dtype=torch.int32, device=device),
+    )
+
+
+def _tiles(S: int, K: int, E: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """(keys a tile, warps a program, tiles in flight + 1), as measured on an H200.
+
+    One warp needs no barriers, and where there are programs for all multiprocessors several times over, their number
+    hides what a deeper pipeline would. A program with a multiprocessor to itself needs large tiles to keep it busy.
+    """
+    if dtype == torch.float32:
+        return 16, 4, 1
+    if S * K in _ONE_EACH and E <= 128:
+        return 128, 4, 3
+    return (32, 1, 2) if S * K >= _MANY else (32, 2, 3)
+
+
+def choose_splits(S: int, K: int, max_len: int, num_sms: int) -> int:
+    """Items a sequence, for a graph captured for S sequences of up to `max_len` keys: one wave of programs."""
+    programs = num_sms * (8 if S * K >= _MANY else 1 if S * K in _ONE_EACH else 2)
+    shares = min(max(1, programs // (S * K)), -(-max_len // 32), 64)
+    return shares + (S > 1)
+
+
+@triton.jit
+def _find_item(item, num_seqs, shares, lens_ptr, rows_ptr, SP: tl.constexpr, BN: tl.constexpr, LEAST: tl.constexpr):
+    """(sequence, its table row, its length, its number of items, its first item) of an item; sequence >= num_seqs:
+    there is no such item."""
+    if SP == 1:
+        length = tl.load(lens_ptr).to(tl.int32)
+        stretch = tl.maximum(tl.cdiv(length, shares * BN) * BN, LEAST)
+        splits = tl.maximum(tl.cdiv(length, stretch), 1)
+        return (item >= splits).to(tl.int32), tl.load(rows_ptr).to(tl.int64), length, splits, item * 0
+    seqs = tl.arange(0, SP)
+    lens = tl.load(lens_ptr + seqs, mask=seqs < num_seqs, other=0).to(tl.int32)
+    rows = tl.load(rows_ptr + seqs, mask=seqs < num_seqs, other=0).to(tl.int64)
+    # 64 bits: 1024 sequences of a million tokens are 2^30 keys.
+    total = tl.sum(lens.to(tl.int64), 0)
+    stretch = tl.maximum((tl.cdiv(total, shares * BN) * BN).to(tl.int32), LEAST)
+    # Padding has one item too: somebody has to write its zeros.
+    splits = tl.where(seqs < num_seqs, tl.maximum(tl.cdiv(lens, stretch), 1), 0)
+    ends = tl.cumsum(splits, 0)
+    seq = tl.sum((ends <= item).to(tl.int32), 0)
+    mine = seqs == seq
+    row = tl.sum(tl.where(mine, rows, 0), 0)
+    length = tl.sum(tl.where(mine, lens, 0), 0)
+    first = tl.sum(tl.where(ends <= item, splits, 0), 0)
+    return seq, row, length, tl.sum(tl.where(mine, splits, 0), 0), first
+
+
+@triton.jit
+def _add_up(
+    partial_ptr, lse_ptr, first, splits, e,
+    H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, CS: tl.constexpr, CG: tl.constexpr,
+):  # fmt: skip
+    """The attention of G heads from their items' partial ones, float32 [CG, EP]."""
+    c, h = tl.arange(0, CS), tl.arange(0, CG)
+    best = tl.full([CG], float("-inf"), tl.float32)
+    total = tl.zeros([CG], tl.float32)
+    acc = tl.zeros([CG, EP], tl.float32)
+    for part in tl.range(0, splits, CS):  # several at once: one after the other, each would wait for the L2 cache
+        live = ((part + c)[:, None] < splits) & (h[None, :] < G)
+        at = first + (part + c)[:, None] * H + h[None, :]
+        mask = live[:, :, None] & (e[None, None, :] < E)
+        lse = tl.load(lse_ptr + at, mask=live, other=float("-inf"), cache_modifier=".cg")
+        value = tl.load(partial_ptr + at[:, :, None] * E + e[None, None, :], mask=mask, other=0.0, cache_modifier=".cg")
+        new_best = tl.where(h < G, tl.maximum(best, tl.max(lse, 0)), 0.0)
+        weight = tl.exp2(lse - new_best[None, :])
+        fade = tl.exp2(best - new_best)
+        total = total * fade + tl.sum(weight, 0)
+        acc = acc * fade[:, None] + tl.sum(value * weight[:, :, None], 0)
+        best = new_best
+    return acc / total[:, None]
+
+
+@triton.jit(do_not_specialize=["num_seqs", "shares", "table_stride"])
+def _decode_kernel(
+    q_ptr, k_ptr, v_ptr, tables_ptr, rows_ptr, lens_ptr, out_ptr, partial_ptr, lse_ptr, arrived_ptr,
+    num_seqs, shares, q_stride, out_stride, table_stride, scale,
+    K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, SP: tl.constexpr,
+    BLOCK: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, CS: tl.constexpr, CG: tl.constexpr,
+    OFFSET: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    item, head = tl.program_id(0) // K, tl.program_id(0) % K
+    # An item hands on G · E float32 values: it should have read several times as many bytes of keys.
+    LEAST: tl.constexpr = BN * (G // 2 if G > 1 else 1)
+    seq, row, length, splits, first = _find_item(item, num_seqs, shares, lens_ptr, rows_ptr, SP, BN, LEAST)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    if seq >= num_seqs:
+        return
+    H: tl.constexpr = K * G
+    g, e, n = tl.arange(0, GP), tl.arange(0, EP), tl.arange(0, BN)
+    ge_mask = (g[:, None] < G) & (e[None, :] < E)
+    each = tl.cdiv(length, splits * BN) * BN
+    start = (item - first) * each
+    end = tl.minimum(start + each, length)
+    q = tl.load(q_ptr + seq.to(tl.int64) * q_stride + (head * G + g)[:, None] * E + e[None, :], mask=ge_mask, other=0.0)
+    best = tl.full([GP], float("-inf"), tl.float32)
+    total = tl.zeros([GP], tl.float32)
+    acc = tl.zeros([GP, EP], tl.float32)
+    table_ptr = tables_ptr + row * table_stride
+    # Each round reads the next one's block numbers: they are in registers when its keys' addresses are wanted.
+    block = tl.load(table_ptr + (start + n) // BLOCK, mask=start + n < end, other=0)
+    for at in tl.range(start, end, BN, num_stages=STAGES):
+        pos = at + n
+        there = pos < end
+        offset = (block.to(OFFSET) * BLOCK + pos % BLOCK) * (K * E) + head * E
+        block = tl.load(table_ptr + (pos + BN) // BLOCK, mask=pos + BN < end, other=0)
+        at_cache = offset[:, None] + e[None, :]
+        mask = there[:, None] if EP == E else there[:, None] & (e[None, :] < E)
+        k = tl.load(k_ptr + at_cache, mask=mask, other=0.0)
+        v = tl.load(v_ptr + at_cache, mask=mask, other=0.0)
+        score = tl.dot(q, k.T, input_precision=PRECISION)
+        score = tl.where(there[None, :], score, float("-inf"))
+        new_best = tl.maximum(best, tl.max(score, 1) * scale)
+        weight = tl.exp2(score * scale - new_best[:, None])
+        fade = tl.exp2(best - new_best)
+        total = total * fade + tl.sum(weight, 1)
+        acc = tl.dot(weight.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
+        best = new_best
+    if splits == 1:
+        result = acc / tl.where(total == 0, 1.0, total)[:, None]  # padding: 0 / 1
+        out = out_ptr + seq.to(tl.int64) * out_stride + (head * G + g)[:, None] * E + e[None, :]
+        tl.store(out, result.to(out_ptr.dtype.element_ty), mask=ge_mask)
+        return
+    # Neighbouring programs are the heads of one item: [items, H, E] lets them write side by side.
+    at_item = item.to(tl.int64) * H + head * G
+    tl.store(partial_ptr + (at_item + g)[:, None] * E + e[None, :], acc / total[:, None], mask=ge_mask)
+    tl.store(lse_ptr + at_item + g, best + tl.log2(total), mask=g < G)
+    tl.debug_barrier()  # all threads' stores come before the one thread's release
+    if tl.atomic_add(arrived_ptr + seq * K + head, 1, sem="acq_rel", scope="gpu") != splits - 1:
+        return
+    tl.store(arrived_ptr + seq * K + head, 0)
+    result = _add_up(partial_ptr, lse_ptr, first.to(tl.int64) * H + head * G, splits, e, H, G, E, EP, CS, CG)
+    h = tl.arange(0, CG)
+    out = out_ptr + seq.to(tl.int64) * out_stride + (head * G + h)[:, None] * E + e[None, :]
+    tl.store(out, result.to(out_ptr.dtype.element_ty), mask=(h[:, None] < G) & (e[None, :] < E))
+
+
+def paged_decode_attention(
+    q_SHE: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    tables_RB: torch.Tensor,
+    rows_S: torch.Tensor,
+    lens_S: torch.Tensor,
+    out_SHE: torch.Tensor,
+    scratch: DecodeScratch,
+    *,
+    block_size: int,
+    num_splits: int,
+    pdl: bool = False,
+    config: tuple[int, int, int] | None = None,
+) -> None:
+    """Attends one token of each sequence to all its keys; nothing here waits for the device.
+
+    Args:
+        q_SHE: bfloat16, float16 or float32; a slice of a wider projection may stand here (heads must be contiguous).
+        k_cache, v_cache: [slots, K, E], the token's own key and value included.
+        tables_RB: int32 or int64; rows_S says which row is whose.
+        lens_S: int32 or int64, keys of each sequence; 0: padding, its output is 0.
+        out_SHE: written.
+        num_splits: items a sequence, see `choose_splits`.
+        pdl: programmatic dependent launch: starts while the kernel before still runs, of which `rows_S` and `lens_S`
+            must then not be the outputs.
+        config: (keys a tile, warps, pipeline stages) in place of the tuned ones.
+    """
+    S, H, E = q_SHE.shape
+    K = k_cache.shape[1]
+    G = H // K
+    BN, warps, stages = config or _tiles(S, K, E, q_SHE.dtype)
+    CG = triton.next_power_of_2(G)
+    _decode_kernel[(S * num_splits * K,)](
+        q_SHE, k_cache, v_cache, tables_RB, rows_S, lens_S, out_SHE, scratch.partial, scratch.lse, scratch.arrived,
+        S, num_splits if S == 1 else max(1, S * (num_splits - 1)),
+        q_SHE.stride(0), out_SHE.stride(0), tables_RB.stride(0), math.log2(math.e) / math.sqrt(E),
+        K=K, G=G, GP=max(16, CG), E=E, EP=max(16, triton.next_power_of_2(E)),
+        SP=1 if S == 1 else max(16, triton.next_power_of_2(S)),
+        BLOCK=block_size, BN=BN, STAGES=stages, CS=max(1, 16 * warps // CG), CG=CG,
+        OFFSET=tl.int32 if k_cache.numel() < 2**31 else tl.int64,
+        PRECISION="ieee" if q_SHE.dtype == torch.float32 else "tf32", PDL=pdl, num_warps=warps, launch_pdl=pdl,
+    )  # fmt: skip

@@ -1,0 +1,128 @@
+"""The Triton attention kernels against float64: fresh random inputs, ragged lengths, shuffled blocks, poison."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tpserve.model.kernels import supports
+from tpserve.model.rope import apply_rope
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU"),
+]
+
+SHAPES = [(32, 32, 128), (16, 2, 128), (32, 8, 64), (6, 2, 16), (4, 4, 8), (2, 1, 80), (4, 2, 256)]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), SHAPES)
+@pytest.mark.parametrize("block_size", [16, 32])
+def test_decoding_ragged_batches(dtype: torch.dtype, heads: int, kv_heads: int, width: int, block_size: int) -> None:
+    from tpserve.bench.attention import LIMITS, error, paged, ragged
+
+    lens = ragged(33, 900)
+    case = paged(
+        [n - 1 for n in lens], [1] * 33, heads=heads, kv_heads=kv_heads, width=width, dtype=dtype, block_size=block_size
+    )
+    case.lens[3::5] = 0
+    expected = case.reference()
+    expected[3::5] = 0
+    for num_splits in (None, 1, 2, 7):
+        out = case.decode(num_splits)
+        assert not out[3::5].any()
+        assert error(out, expected) < LIMITS[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("length", [1, 64, 65, 5000])
+@pytest.mark.parametrize("num_splits", [1, 3, 64])
+def test_decoding_one_sequence(dtype: torch.dtype, length: int, num_splits: int) -> None:
+    from tpserve.bench.attention import LIMITS, error, paged
+
+    case = paged([length - 1], [1], heads=16, kv_heads=2, width=128, dtype=dtype)
+    assert error(case.decode(num_splits), case.reference()) < LIMITS[dtype]
+
+
+def test_one_graph_serves_growing_lengths() -> None:
+    from tpserve.bench.attention import LIMITS, error, paged
+    from tpserve.model.kernels.paged_attention import decode_scratch, paged_decode_attention
+
+    case = paged([2999, 10, 700, 64], [1] * 4, heads=8, kv_heads=2, width=128, dtype=torch.bfloat16)
+    lens = case.lens.clone()
+    scratch, out = decode_scratch(4, 8, 128, 5, case.lens.device), torch.empty_like(case.q_THE)
+
+    def attend() -> None:
+        paged_decode_attention(
+            case.q_THE, case.k_cache, case.v_cache, case.tables_RB, case.rows, case.lens, out, scratch,
+            block_size=16, num_splits=5,
+        )  # fmt: skip
+
+    attend()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        attend()
+    whole = case.reference()
+    for replay in range(20):
+        case.lens.copy_(lens if replay % 2 else torch.tensor([1, 0, 0, 0], device=lens.device))
+        out.fill_(float("nan"))
+        graph.replay()
+        if replay % 2:
+            assert error(out, whole) < LIMITS[torch.bfloat16]
+        else:
+            first = case.v_cache[case.slots[0][0]].repeat_interleave(4, 0)
+            assert torch.equal(out[0], first)
+            assert not out[1:].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), SHAPES)
+def test_chunks_of_prompts(dtype: torch.dtype, heads: int, kv_heads: int, width: int) -> None:
+    from tpserve.bench.attention import LIMITS, error, paged, ragged
+
+    case = paged(
+        [9, 3, 0, 0, 1000, *ragged(4, 400)], [1, 0, 37, 200, 65, *ragged(4, 150)],
+        heads=heads, kv_heads=kv_heads, width=width, dtype=dtype,
+    )  # fmt: skip
+    assert error(case.prefill(), case.reference()) < LIMITS[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), SHAPES)
+@pytest.mark.parametrize("tokens", [1, 77])
+def test_rope_and_write(dtype: torch.dtype, heads: int, kv_heads: int, width: int, tokens: int) -> None:
+    from tpserve.model.kernels.prefill_attention import rope_and_write
+
+    qkv = torch.randn(tokens, heads + 2 * kv_heads, width, device="cuda").to(dtype)
+    before = qkv.clone()
+    q, k, v = qkv.split([heads, kv_heads, kv_heads], 1)
+    positions = torch.randperm(200, device="cuda")[:tokens]
+    if tokens > 1:
+        positions[5] = -1
+    rows = torch.zeros_like(positions)
+    table = torch.randperm(40, device="cuda")[None, :13]
+    rope = torch.randn(200, width // 2, 2, device="cuda")
+    k_cache, v_cache = (torch.randn(640, kv_heads, width, device="cuda").to(dtype) for _ in range(2))
+    live = positions >= 0
+    at = positions.clamp(min=0)
+    slots = (table[0, at // 16] * 16 + at % 16)[live]
+    expected_k, expected_v, expected_q = k_cache.clone(), v_cache.clone(), before[:, :heads].clone()
+    expected_k[slots] = apply_rope(before[:, heads : heads + kv_heads], rope[at])[live]
+    expected_v[slots] = before[live, heads + kv_heads :]
+    expected_q[live] = apply_rope(before[:, :heads], rope[at])[live]
+    rope_and_write(q, k, v, positions, rows, table, rope, k_cache, v_cache, block_size=16)
+    tolerance = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+    torch.testing.assert_close(q, expected_q, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(k_cache, expected_k, rtol=tolerance, atol=tolerance)
+    assert torch.equal(v_cache, expected_v)
+
+
+def test_supports_says_what_the_kernels_take() -> None:
+    cuda = torch.device("cuda")
+    assert supports(cuda, torch.bfloat16, 32, 8, 128)
+    assert not supports(cuda, torch.float64, 32, 8, 128)
+    assert not supports(cuda, torch.bfloat16, 32, 8, 512)
+    assert not supports(torch.device("cpu"), torch.float32, 32, 8, 128)
