@@ -12,12 +12,12 @@ from tpserve.engine.model_runner import ModelRunner
 from tpserve.engine.worker import run
 from tpserve.model.checkpoint import CheckpointInfo
 from tpserve.model.kv_cache import PagedKVCache
-from tpserve.model.llama import Attend
+from tpserve.model.network import StepInputs
 from tpserve.model.parallel import TensorParallel
 
 
-class StubModel:
-    """Gives the same logits at every position.
+class StubNetwork:
+    """Gives the same logits at every position; a `Network`.
 
     Args:
         vocab_size: V.
@@ -26,11 +26,13 @@ class StubModel:
     def __init__(self, vocab_size: int) -> None:
         self._logits_1V = torch.randn(1, vocab_size, generator=torch.Generator().manual_seed(0))
 
-    def __call__(
-        self, tokens_T: torch.Tensor, positions_T: torch.Tensor, attend: Attend, rows_N: torch.Tensor | None
-    ) -> torch.Tensor:
+    def __call__(self, inputs: StepInputs) -> torch.Tensor:
         """Logits [N, V] without copying them."""
-        return self._logits_1V.expand(len(tokens_T if rows_N is None else rows_N), -1)
+        rows = inputs.rows_T if inputs.logits_rows_N is None else inputs.logits_rows_N
+        return self._logits_1V.expand(len(rows), -1)
+
+    def warm_up(self) -> None:
+        """Nothing."""
 
 
 def build(config: EngineConfig, device: torch.device, tp: TensorParallel) -> EngineCore:
@@ -39,7 +41,8 @@ def build(config: EngineConfig, device: torch.device, tp: TensorParallel) -> Eng
     vocab_size = CheckpointInfo.read(Path(config.checkpoint_dir)).args.vocab_size
     num_blocks = config.max_num_seqs * -(-config.max_seq_len // config.block_size)
     cache = PagedKVCache(0, num_blocks, config.block_size, 1, 1, dtype=torch.float32, device=device)
-    runner = ModelRunner(StubModel(vocab_size), vocab_size, device, cache, config)
+    network = StubNetwork(vocab_size)
+    runner = ModelRunner(lambda _tokens, _tables: network, vocab_size, device, cache, config)
     return EngineCore(config, CoreShape(num_blocks, config.max_seq_len, None, vocab_size), runner, tp.rank)
 
 

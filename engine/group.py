@@ -27,6 +27,7 @@ from tpserve.engine.text.tokenizer import Tokenizer
 from tpserve.model.checkpoint import CheckpointError
 from tpserve.model.kv_cache import PagedKVCache, bytes_per_block
 from tpserve.model.loader import LoadedModel, load_model
+from tpserve.model.network import Network, choose_network
 from tpserve.model.parallel import TensorParallel, kv_heads_per_rank
 
 _CPU_KV_CACHE_BYTES = 1 << 30
@@ -129,7 +130,9 @@ def build_core(config: EngineConfig, device: torch.device, tp: TensorParallel) -
             "lower max_seq_len, or raise num_kv_blocks, kv_cache_bytes or gpu_memory_utilization"
         )
     vocab_size = loaded.info.args.vocab_size
-    runner = ModelRunner(loaded.model, vocab_size, device, _cache(config, loaded, num_blocks), config)
+    runner = _runner(config, loaded, _cache(config, loaded, num_blocks), graphs=True)
+    runner.warm_up()
+    logger.info("ready to compute after %.2f s", time.monotonic() - started_s)
     tokenizer = Tokenizer.from_checkpoint(Path(config.checkpoint_dir))
     grammars = None if tokenizer is None else Grammars(tokenizer, vocab_size)
     shape = CoreShape(num_blocks, config.max_seq_len, loaded.info.eos_token_id, vocab_size)
@@ -140,6 +143,16 @@ def _dtype(config: EngineConfig) -> torch.dtype:
     """On a CPU "auto" is float32: half precision saves memory there, not time, and rounds away what tests compare."""
     dtype: torch.dtype = getattr(torch, "float32" if config.dtype == "auto" else config.dtype)
     return dtype
+
+
+def _runner(config: EngineConfig, loaded: LoadedModel, cache: PagedKVCache, *, graphs: bool) -> ModelRunner:
+    def network(tokens_RL: torch.Tensor, tables_RB: torch.Tensor) -> Network:
+        return choose_network(
+            loaded.model, cache, tokens_RL, tables_RB, loaded.tp, max_num_seqs=config.max_num_seqs,
+            fused=config.fused_kernels, graphs=graphs and config.cuda_graphs,
+        )  # fmt: skip
+
+    return ModelRunner(network, loaded.info.args.vocab_size, loaded.device, cache, config)
 
 
 def _cache(config: EngineConfig, loaded: LoadedModel, num_blocks: int) -> PagedKVCache:
@@ -187,7 +200,7 @@ def _free_cuda_bytes(config: EngineConfig, loaded: LoadedModel) -> int:
     blocks = -(-length // config.block_size)
     torch.cuda.reset_peak_memory_stats(loaded.device)
     cache = _cache(config, loaded, blocks)
-    runner = ModelRunner(loaded.model, loaded.info.args.vocab_size, loaded.device, cache, config)
+    runner = _runner(config, loaded, cache, graphs=False)
     prompt = Sequence("profile", [0] * length, SamplingParams(), max_seq_len=length + 1, eos_token_id=None)
     prompt.block_table, prompt.row = list(range(blocks)), 0
     step = runner.launch(StepPlan([ScheduledSequence(prompt, 0, length, (prompt,), [])], loads=[prompt]))

@@ -20,9 +20,10 @@ from tpserve.engine.config import EngineConfig
 from tpserve.engine.device_queue import device_clock, device_queue
 from tpserve.engine.protocol import PromptLogprob, TopLogprobs
 from tpserve.engine.step import Candidate, StepPlan, StepResult
-from tpserve.model.attention import PagedAttention, SequenceSlice
+from tpserve.model.attention import SequenceSlice
 from tpserve.model.kv_cache import PagedKVCache
 from tpserve.model.logits import process_logits, token_logprobs, top_logprobs
+from tpserve.model.network import Network, StepInputs
 from tpserve.model.sampling import sample
 
 
@@ -63,7 +64,7 @@ class ModelRunner:
     """Runs plans on this rank.
 
     Args:
-        model: the network: `Llama.forward`, or what stands for it.
+        make_network: from the rows' tokens and block tables to the network that reads them.
         vocab_size: of its logits.
         device: where it is.
         cache: its KV cache.
@@ -72,20 +73,25 @@ class ModelRunner:
 
     def __init__(
         self,
-        model: Callable[..., torch.Tensor],
+        make_network: Callable[[torch.Tensor, torch.Tensor], Network],
         vocab_size: int,
         device: torch.device,
         cache: PagedKVCache,
         config: EngineConfig,
     ) -> None:
-        self._model, self._cache = model, cache
-        self._device = device
+        self._cache, self._device = cache, device
         self._state = BatchState(
             config.max_num_seqs, config.max_seq_len, -(-config.max_seq_len // config.block_size), device
         )
+        self.network = make_network(self._state.tokens_RL, self._state.tables_RB)
         self._upload = Uploader(device)
         self._draws = DrawBuilder(vocab_size, self._upload)
         self._queue, self._clock = device_queue(device), device_clock(device)
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Does what would otherwise delay the first steps; on several ranks, all do it together."""
+        self.network.warm_up()
 
     def launch(self, plan: StepPlan, timed: bool = False) -> Step:
         """Starts the network on a plan; `draw` must follow.
@@ -104,8 +110,10 @@ class ModelRunner:
         decode_lens = draw_positions.copy()
         draw_rows = list(range(num_decodes))
         prefills = []
+        chunks: list[tuple[int | None, int, int]] = []  # row, first token in the step, tokens before it
         for entry in others:
             start, n = entry.start, entry.num_query_tokens
+            chunks.append((entry.seq.row, len(rows), start))
             prefills.append(SequenceSlice(start, n))
             rows += itertools.repeat(entry.seq.row, n)
             positions += range(start, start + n)
@@ -121,7 +129,14 @@ class ModelRunner:
         draws = self._draws.build(drawing, draw_positions) if drawing else None
         flat = self._upload([rows, positions], np.int64)
         draw_rows += prompt_rows
-        logits_rows = None if draw_rows == list(range(len(rows))) else self._upload(draw_rows, np.int64)
+        inputs = StepInputs(
+            rows_T=flat[0],
+            positions_T=flat[1],
+            decode_lens=decode_lens,
+            prefills=prefills,
+            chunks_3P=self._upload(list(zip(*chunks, (0, len(rows), 0), strict=True)), np.int64) if chunks else None,
+            logits_rows_N=None if draw_rows == list(range(len(rows))) else self._upload(draw_rows, np.int64),
+        )
         marks: list[Any] = []
 
         def network() -> torch.Tensor:
@@ -130,8 +145,7 @@ class ModelRunner:
             changes.apply(self._state)
             if copies is not None:
                 self._cache.copy_blocks(copies[0], copies[1])
-            attend = PagedAttention(self._cache, self._state.tables_RB, flat[0], flat[1], decode_lens, prefills)
-            return self._model(self._state.tokens_RL[flat[0], flat[1]], flat[1], attend, logits_rows)
+            return self.network(inputs)
 
         step = Step(draws, self._queue.submit(network), prompt)
         step.marks = marks

@@ -18,7 +18,7 @@ from torch import nn
 
 from tpserve.model.kernels import linear, norm, pointwise
 from tpserve.model.kernels.all_reduce import WordExchange
-from tpserve.model.kernels.paged_attention import decode_scratch, paged_decode_attention
+from tpserve.model.kernels.paged_attention import choose_splits, decode_scratch, paged_decode_attention
 from tpserve.model.kernels.tiles import Tile, choose_tiles
 from tpserve.model.kv_cache import PagedKVCache
 from tpserve.model.llama import Llama, TransformerBlock
@@ -75,6 +75,7 @@ class DecodeStep:
 
     Attributes:
         rows_S, positions_S: int64 input; position -1 is padding.
+        layers: the joined weights.
         logits_SV: float32 output.
         tiles: of the products by S; tuning may put others here.
     """
@@ -90,10 +91,10 @@ class DecodeStep:
     ) -> None:
         args, device, dtype = model.args, model.output.weight.device, model.output.weight.dtype
         self._cache, self._tp, self._tokens_RL, self._tables_RB = cache, tp, tokens_RL, tables_RB
-        self._layers = [fuse(block) for block in model.layers]  # type: ignore[arg-type]
+        self.layers = [fuse(block) for block in model.layers]  # type: ignore[arg-type]
         self._embeddings_VD, self._norm_D = model.tok_embeddings.weight.detach(), model.norm.weight.detach()
         self._head_VD, self._rope_PC2 = model.output.weight.detach(), model.rope_PC2
-        first, e = self._layers[0], args.head_dim
+        first, e = self.layers[0], args.head_dim
         h, kv_heads, f = first.wo_DN.shape[1] // e, cache.k[0].shape[1], first.w2_DF.shape[1]
         largest = batch_sizes[-1]
         rows = max(largest, linear.padded_rows(min(largest, linear.MAX_ROWS)))
@@ -117,11 +118,11 @@ class DecodeStep:
             self._own_logits_SV = zeros(rows, len(self._head_VD), dtype=torch.float32)
         processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
         longest = tokens_RL.shape[1]
-        self._splits = {s: _splits(s, h, kv_heads, longest, processors) for s in batch_sizes}
+        self._splits = {s: choose_splits(s, kv_heads, longest, processors) for s in batch_sizes}
         items = max(s * splits for s, splits in self._splits.items())
         self._scratch = decode_scratch(largest, h, e, -(-items // largest), device)
         self.tiles = {s: choose_tiles(s, args.dim, e, tp.size) for s in batch_sizes if s <= linear.MAX_ROWS}
-        self._per_step = 2 * len(self._layers) + 1
+        self._per_step = 2 * len(self.layers) + 1
         self._exchange = self._make_exchange() if tp.size > 1 else None
         self._pdl = device.type == "cuda"
 
@@ -153,7 +154,7 @@ class DecodeStep:
     def enqueue(self, s: int) -> None:
         """One step of the first `s` input rows; leaves logits for as many."""
         few = s <= linear.MAX_ROWS
-        layers, gains = self._layers, [layer.attention_norm_D for layer in self._layers] + [self._norm_D]
+        layers, gains = self.layers, [layer.attention_norm_D for layer in self.layers] + [self._norm_D]
         parts = norm.embed(
             self._tokens_RL, self._tables_RB, self.rows_S[:s], self.positions_S[:s], self._embeddings_VD, gains[0],
             self._normed, self._slots_S, self._lens_S, self._count, self._cache.block_size,
@@ -183,7 +184,7 @@ class DecodeStep:
         return torch.mm(self._normed.x_SD[:s], w_ND.t(), out=out)
 
     def _qkv(self, i: int, parts: int, s: int) -> None:
-        layer, k, v = self._layers[i], self._cache.k[i], self._cache.v[i]
+        layer, k, v = self.layers[i], self._cache.k[i], self._cache.v[i]
         if s <= linear.MAX_ROWS:
             linear.qkv(
                 self._normed, parts, layer.wqkv_ND, self._q_SHE, k, v, self._rope_PC2, self.positions_S, self._slots_S,
@@ -229,13 +230,3 @@ class DecodeStep:
             return
         if self._tp.size > 1:
             self.logits_SV[:s] = self._tp.gather_vocabulary(out[:s], self.logits_SV.shape[1])
-
-
-def _splits(s: int, heads: int, kv_heads: int, longest: int, processors: int) -> int:
-    """Items that attention cuts a sequence into: two programs a multiprocessor, and one for rounding (see there).
-
-    An item's result is a row of every query head that the others' wait to be added to: with several heads to a
-    key/value head, that pays for longer items only.
-    """
-    several, least = int(s > 1), 64 if heads == kv_heads else 256
-    return max(1 + several, min(2 * processors // (s * kv_heads), -(-longest // least), 32) + several)

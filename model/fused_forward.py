@@ -1,0 +1,128 @@
+"""A step of any mix of prefill and decode tokens on CUDA, launched kernel by kernel: nine launches a layer.
+
+The same network as `Llama.forward`, on the joined weights of `decode_step.fuse`: cuBLAS's products, and between them
+one kernel each for residual add and norm, rotation and cache write, SiLU · up. The residual stream is float32.
+
+Shape suffixes: T tokens, S sequences that decode (their tokens come first), P chunks of prompts, D residual width,
+H query and K key/value heads of this rank, E head width, N rows whose logits are asked for, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from tpserve.model.decode_step import FusedLayer
+from tpserve.model.kernels import rows
+from tpserve.model.kernels.paged_attention import DecodeScratch, choose_splits, decode_scratch, paged_decode_attention
+from tpserve.model.kernels.prefill_attention import paged_prefill_attention, rope_and_write
+from tpserve.model.kv_cache import PagedKVCache
+from tpserve.model.llama import Llama
+from tpserve.model.parallel import TensorParallel
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunks:
+    """The chunks of prompts in a step; tensors on the device.
+
+    Attributes:
+        rows_P: their table rows.
+        starts_P1: where each one's tokens begin in T, and where the last one's end.
+        contexts_P: tokens of each sequence before its chunk.
+        longest: tokens of the longest chunk.
+    """
+
+    rows_P: torch.Tensor
+    starts_P1: torch.Tensor
+    contexts_P: torch.Tensor
+    longest: int
+
+
+class FusedForward:
+    """Runs mixed steps.
+
+    Args:
+        model: its weights have been joined into `layers`.
+        layers: see above.
+        cache: where keys and values live.
+        tp: this rank's place.
+        tables_RB: int64 block tables.
+    """
+
+    def __init__(
+        self, model: Llama, layers: list[FusedLayer], cache: PagedKVCache, tp: TensorParallel, tables_RB: torch.Tensor
+    ) -> None:
+        self._model, self._layers, self._cache, self._tp = model, layers, cache, tp
+        self._tables_RB = tables_RB
+        self._head_dim = model.args.head_dim
+        self._kv_heads = cache.k[0].shape[1]
+        self._heads = layers[0].wo_DN.shape[1] // self._head_dim
+        self._max_len = tables_RB.shape[1] * cache.block_size
+        self._processors = torch.cuda.get_device_properties(tables_RB.device).multi_processor_count
+
+    def __call__(
+        self,
+        tokens_T: torch.Tensor,
+        rows_T: torch.Tensor,
+        positions_T: torch.Tensor,
+        num_decodes: int,
+        chunks: Chunks | None,
+        rows_N: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """One step.
+
+        Args:
+            tokens_T: token ids.
+            rows_T, positions_T: int64, each token's table row and position.
+            num_decodes: S.
+            chunks: what follows the S tokens.
+            rows_N: tokens whose logits to return; None: all.
+
+        Returns:
+            float32 logits [N, V], the same on every rank.
+        """
+        model, eps, size = self._model, self._model.args.norm_eps, self._cache.block_size
+        h, e, k = self._heads, self._head_dim, self._kv_heads
+        decodes = slice(0, num_decodes)
+        lens_S = positions_T[decodes] + 1
+        scratch, splits = self._scratch(num_decodes)
+        residual_TD = model.tok_embeddings(tokens_T).float()
+        y_TD: torch.Tensor | None = None
+        for layer, k_cache, v_cache in zip(self._layers, self._cache.k, self._cache.v, strict=True):
+            qkv = rows.add_norm(y_TD, residual_TD, layer.attention_norm_D, eps) @ layer.wqkv_ND.t()
+            heads = qkv.view(-1, h + 2 * k, e)
+            q_THE, k_TKE, v_TKE = heads[:, :h], heads[:, h : h + k], heads[:, h + k :]
+            rope_and_write(
+                q_THE, k_TKE, v_TKE, positions_T, rows_T, self._tables_RB, model.rope_PC2, k_cache, v_cache,
+                block_size=size,
+            )  # fmt: skip
+            out_THE = torch.empty(len(qkv), h, e, dtype=qkv.dtype, device=qkv.device)
+            if scratch is not None:
+                paged_decode_attention(
+                    q_THE[decodes], k_cache, v_cache, self._tables_RB, rows_T[decodes], lens_S, out_THE[decodes],
+                    scratch, block_size=size, num_splits=splits,
+                )  # fmt: skip
+            if chunks is not None:
+                paged_prefill_attention(
+                    q_THE, k_cache, v_cache, self._tables_RB, chunks.rows_P, chunks.starts_P1, chunks.contexts_P,
+                    chunks.longest, out_THE, block_size=size,
+                )  # fmt: skip
+            y_TD = self._sum(out_THE.flatten(1) @ layer.wo_DN.t())
+            wide = rows.add_norm(y_TD, residual_TD, layer.ffn_norm_D, eps) @ layer.w13_ND.t()
+            y_TD = self._sum(rows.silu_mul(wide) @ layer.w2_DF.t())
+        assert y_TD is not None
+        if rows_N is not None:
+            residual_TD, y_TD = residual_TD[rows_N], y_TD[rows_N]
+        x_ND = rows.add_norm(y_TD, residual_TD, model.norm.weight, eps)
+        return model.gather(x_ND @ model.output.weight.t()).float()
+
+    def _sum(self, y_TD: torch.Tensor) -> torch.Tensor:
+        return self._tp.all_reduce(y_TD) if self._tp.size > 1 else y_TD
+
+    def _scratch(self, num_decodes: int) -> tuple[DecodeScratch | None, int]:
+        if not num_decodes:
+            return None, 0
+        splits = choose_splits(num_decodes, self._kv_heads, self._max_len, self._processors)
+        device = self._tables_RB.device
+        return decode_scratch(num_decodes, self._heads, self._head_dim, splits, device), splits

@@ -1,0 +1,62 @@
+"""What stands between cuBLAS's products when a step has many tokens: a row of the residual stream a program.
+
+Shape suffixes: T tokens of the step, D residual width, F feed-forward width.
+"""
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _add_norm_kernel(
+    y_ptr, residual_ptr, gain_ptr, x_ptr, D: tl.constexpr, DP: tl.constexpr, EPS: tl.constexpr, ADD: tl.constexpr
+):
+    row, d = tl.program_id(0).to(tl.int64), tl.arange(0, DP)
+    mask = d < D
+    residual = tl.load(residual_ptr + row * D + d, mask=mask, other=0.0)
+    if ADD:
+        residual += tl.load(y_ptr + row * D + d, mask=mask, other=0.0).to(tl.float32)
+        tl.store(residual_ptr + row * D + d, residual, mask=mask)
+    scale = tl.rsqrt(tl.sum(residual * residual, 0) / D + EPS)
+    gain = tl.load(gain_ptr + d, mask=mask, other=0.0).to(tl.float32)
+    tl.store(x_ptr + row * D + d, (residual * scale * gain).to(x_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _silu_mul_kernel(wide_ptr, out_ptr, F: tl.constexpr, C: tl.constexpr):
+    row, cols = tl.program_id(1).to(tl.int64), tl.program_id(0) * C + tl.arange(0, C)
+    mask = cols < F
+    gate = tl.load(wide_ptr + row * 2 * F + cols, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(wide_ptr + row * 2 * F + F + cols, mask=mask, other=0.0).to(tl.float32)
+    act = gate / (1.0 + tl.exp(-gate)) * up
+    tl.store(out_ptr + row * F + cols, act.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def add_norm(y_TD: torch.Tensor | None, residual_TD: torch.Tensor, gain_D: torch.Tensor, eps: float) -> torch.Tensor:
+    """residual += y, in place; returns RMSNorm(residual) in the gain's type.
+
+    Args:
+        y_TD: None: only the norm.
+        residual_TD: float32, contiguous.
+        gain_D: of the norm.
+        eps: of the norm.
+    """
+    t, d = residual_TD.shape
+    x_TD = torch.empty(t, d, dtype=gain_D.dtype, device=gain_D.device)
+    _add_norm_kernel[(t,)](
+        residual_TD if y_TD is None else y_TD, residual_TD, gain_D, x_TD,
+        D=d, DP=triton.next_power_of_2(d), EPS=eps, ADD=y_TD is not None, num_warps=8,
+    )  # fmt: skip
+    return x_TD
+
+
+def silu_mul(wide_TN: torch.Tensor) -> torch.Tensor:
+    """SiLU(gate) · up of a joined product [T, 2F]: gate, then up."""
+    t, f = wide_TN.shape[0], wide_TN.shape[1] // 2
+    out_TF = torch.empty(t, f, dtype=wide_TN.dtype, device=wide_TN.device)
+    _silu_mul_kernel[(triton.cdiv(f, 2048), t)](wide_TN, out_TF, F=f, C=2048, num_warps=8)
+    return out_TF

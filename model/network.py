@@ -1,0 +1,153 @@
+"""A step's network as the engine calls it: from the state of its rows to logits, by the best way this machine has.
+
+- `PlainNetwork`: `Llama.forward` with `PagedAttention`, on any device and in any type.
+- `FusedNetwork`: bfloat16 on Hopper GPUs: CUDA graphs for steps that only decode, fused kernels for the others.
+
+Shape suffixes: T tokens of the step, R rows of the batch state, L positions, B blocks of a table, N rows whose logits
+are asked for, V vocabulary, P chunks of prompts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from tpserve.model.attention import PagedAttention, SequenceSlice
+from tpserve.model.decoder import FusedDecoder
+from tpserve.model.kv_cache import PagedKVCache
+from tpserve.model.llama import Llama
+from tpserve.model.parallel import TensorParallel
+
+
+@dataclasses.dataclass(frozen=True)
+class StepInputs:
+    """Which tokens a step computes; tensors are on the device.
+
+    Attributes:
+        rows_T, positions_T: int64, each token's row and position.
+        decode_lens: lengths, after the step, of the sequences with one token, which come first.
+        prefills: the others, in order.
+        chunks_3P: int64, of the others: row, first token in T, tokens before it; one more column: where the last ends.
+        logits_rows_N: tokens whose logits are wanted; None: all.
+    """
+
+    rows_T: torch.Tensor
+    positions_T: torch.Tensor
+    decode_lens: Sequence[int]
+    prefills: Sequence[SequenceSlice]
+    chunks_3P: torch.Tensor | None
+    logits_rows_N: torch.Tensor | None
+
+
+class Network(Protocol):
+    """Computes steps."""
+
+    def __call__(self, inputs: StepInputs) -> torch.Tensor:
+        """Writes the step's keys and values into the cache; float32 logits [N, V], good until the next call."""
+        ...
+
+    def warm_up(self) -> None:
+        """Does what would otherwise delay the first steps."""
+        ...
+
+
+class PlainNetwork:
+    """`Llama.forward`, operation by operation.
+
+    Args:
+        model: on its device.
+        cache: where keys and values live.
+        tokens_RL, tables_RB: int64, the rows' tokens and block tables.
+    """
+
+    def __init__(self, model: Llama, cache: PagedKVCache, tokens_RL: torch.Tensor, tables_RB: torch.Tensor) -> None:
+        self._model, self._cache, self._tokens_RL, self._tables_RB = model, cache, tokens_RL, tables_RB
+
+    def __call__(self, inputs: StepInputs) -> torch.Tensor:
+        """See `Network`."""
+        rows_T, positions_T = inputs.rows_T, inputs.positions_T
+        attend = PagedAttention(self._cache, self._tables_RB, rows_T, positions_T, inputs.decode_lens, inputs.prefills)
+        logits: torch.Tensor = self._model(
+            self._tokens_RL[rows_T, positions_T], positions_T, attend, inputs.logits_rows_N
+        )
+        return logits
+
+    def warm_up(self) -> None:
+        """Nothing: the first step is like the others."""
+
+
+class FusedNetwork:
+    """Graphs and fused kernels over the same weights.
+
+    Args:
+        model, cache, tokens_RL, tables_RB: as for `PlainNetwork`.
+        tp: this rank's place.
+        max_num_seqs: the largest batch that decodes.
+        graphs: whether to capture graphs at `warm_up`.
+    """
+
+    def __init__(
+        self,
+        model: Llama,
+        cache: PagedKVCache,
+        tokens_RL: torch.Tensor,
+        tables_RB: torch.Tensor,
+        tp: TensorParallel,
+        *,
+        max_num_seqs: int,
+        graphs: bool,
+    ) -> None:
+        from tpserve.model.decode_step import fuse  # these need Triton
+        from tpserve.model.fused_forward import Chunks, FusedForward
+
+        self._tokens_RL, self._chunks = tokens_RL, Chunks
+        self._decoder: FusedDecoder | None = None
+        if graphs:
+            self._decoder = FusedDecoder(model, cache, tp, tokens_RL, tables_RB, max_num_seqs=max_num_seqs)
+            layers = self._decoder.step.layers
+        else:
+            layers = [fuse(block) for block in model.layers]  # type: ignore[arg-type]
+        self._forward = FusedForward(model, layers, cache, tp, tables_RB)
+
+    def __call__(self, inputs: StepInputs) -> torch.Tensor:
+        """See `Network`."""
+        rows_T, positions_T, decoder = inputs.rows_T, inputs.positions_T, self._decoder
+        if decoder is not None and inputs.chunks_3P is None and decoder.ready(len(rows_T)):
+            logits_TV = decoder(rows_T, positions_T)
+            return logits_TV if inputs.logits_rows_N is None else logits_TV[inputs.logits_rows_N]
+        chunks = None
+        if inputs.chunks_3P is not None:
+            rows, starts, contexts = inputs.chunks_3P
+            longest = max(p.num_query_tokens for p in inputs.prefills)
+            chunks = self._chunks(rows[:-1], starts, contexts[:-1], longest)
+        return self._forward(
+            self._tokens_RL[rows_T, positions_T], rows_T, positions_T, len(inputs.decode_lens), chunks,
+            inputs.logits_rows_N,
+        )  # fmt: skip
+
+    def warm_up(self) -> None:
+        """Captures the graphs, largest first: they share one pool of memory."""
+        if self._decoder is not None:
+            for bucket in reversed(self._decoder.buckets):
+                self._decoder.capture(bucket)
+
+
+def choose_network(
+    model: Llama,
+    cache: PagedKVCache,
+    tokens_RL: torch.Tensor,
+    tables_RB: torch.Tensor,
+    tp: TensorParallel,
+    *,
+    max_num_seqs: int,
+    fused: bool,
+    graphs: bool,
+) -> Network:
+    """The fused network where it is wanted and this machine, type and shape have it, else the plain one."""
+    if fused and importlib.util.find_spec("triton") and FusedDecoder.supports(model, tokens_RL.device):
+        return FusedNetwork(model, cache, tokens_RL, tables_RB, tp, max_num_seqs=max_num_seqs, graphs=graphs)
+    return PlainNetwork(model, cache, tokens_RL, tables_RB)

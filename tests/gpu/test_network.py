@@ -1,0 +1,117 @@
+"""The fused network beside the plain one: as near to float32 as bfloat16 is anyhow, in mixed steps and in graphs."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from tpserve.model.args import ModelArgs
+from tpserve.model.attention import SequenceSlice
+from tpserve.model.kv_cache import PagedKVCache
+from tpserve.model.llama import Llama
+from tpserve.model.network import FusedNetwork, Network, PlainNetwork, StepInputs
+from tpserve.model.parallel import TensorParallel
+from tpserve.model.rope import rope_table
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU"),
+]
+BLOCK, MAX_LEN, ROWS, BLOCKS = 16, 512, 40, 1400
+SHAPES = [(1024, 8, 8), (1024, 8, 2)]  # dim, heads, key/value heads
+
+
+def llama(dim: int, heads: int, kv_heads: int) -> Llama:
+    args = ModelArgs.from_params(
+        {"dim": dim, "n_layers": 3, "n_heads": heads, "n_kv_heads": kv_heads, "vocab_size": 1000, "multiple_of": 256,
+         "norm_eps": 1e-5}
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = Llama(args, MAX_LEN)
+        for name, weight in model.named_parameters():
+            with torch.no_grad():
+                if weight.ndim == 1:
+                    weight.copy_(1 + 0.1 * torch.randn_like(weight))
+                else:
+                    weight.normal_().mul_(1.0 if "tok_embeddings" in name else weight.shape[1] ** -0.5)
+    model.rope_PC2 = rope_table(args, MAX_LEN, torch.device("cuda"))
+    return model.eval()
+
+
+class Driver:
+    """Gives the same steps to a network, with tokens that do not depend on it."""
+
+    def __init__(self, model: Llama, dtype: torch.dtype, fused: bool) -> None:
+        model = copy.deepcopy(model).to(dtype)
+        model.rope_PC2 = model.rope_PC2.float()
+        device = torch.device("cuda")
+        args = model.args
+        cache = PagedKVCache(args.n_layers, BLOCKS, BLOCK, args.n_kv_heads, args.head_dim, dtype=dtype, device=device)
+        generator = torch.Generator().manual_seed(1)
+        self.tokens = torch.randint(0, 1000, (ROWS, MAX_LEN + 1), generator=generator).to(device)
+        order = torch.randperm(BLOCKS, generator=generator)[: ROWS * MAX_LEN // BLOCK]
+        tables = order.view(ROWS, -1).to(device)
+        self.network: Network = (
+            FusedNetwork(model, cache, self.tokens, tables, TensorParallel(), max_num_seqs=ROWS, graphs=True)
+            if fused
+            else PlainNetwork(model, cache, self.tokens, tables)
+        )
+        self.network.warm_up()
+
+    @torch.inference_mode()
+    def step(self, parts: list[tuple[int, int, int]]) -> torch.Tensor:
+        """Parts are (row, first position, tokens), those of one token first; the logits of each one's last token."""
+        rows = [row for row, _, n in parts for _ in range(n)]
+        positions = [p for _, start, n in parts for p in range(start, start + n)]
+        decodes = [start + 1 for _, start, n in parts if n == 1]
+        others = [(row, start, n) for row, start, n in parts if n > 1]
+        begins = [len(decodes)]
+        for _, _, n in others:
+            begins.append(begins[-1] + n)
+        last = [sum(n for _, _, n in parts[: i + 1]) - 1 for i in range(len(parts))]
+        chunks = [[*(row for row, _, _ in others), 0], begins, [*(start for _, start, _ in others), 0]]
+        return self.network(
+            StepInputs(
+                torch.tensor(rows, device="cuda"),
+                torch.tensor(positions, device="cuda"),
+                decodes,
+                [SequenceSlice(start, n) for _, start, n in others],
+                torch.tensor(chunks, device="cuda") if others else None,
+                torch.tensor(last, device="cuda") if others else None,
+            )
+        ).clone()
+
+
+STEPS = [
+    [(0, 0, 37), (1, 0, 64), (2, 0, 100)],
+    [(0, 37, 1), (1, 64, 1), (2, 100, 1)],
+    [(0, 38, 1), (2, 101, 1), (1, 65, 30), (3, 0, 129)],
+    [(3, 129, 1)],
+    [(0, 39, 1), (1, 95, 1), (2, 102, 1), (3, 130, 1)],
+    [(row, 0, 5) for row in range(4, 40)],
+    [(row, 5, 1) for row in range(4, 40)],
+    [(0, 40, 1), *((row, 6, 1) for row in range(4, 30))],
+]
+
+
+@pytest.mark.parametrize(("dim", "heads", "kv_heads"), SHAPES)
+def test_fused_is_as_near_to_float32_as_plain(dim: int, heads: int, kv_heads: int) -> None:
+    model = llama(dim, heads, kv_heads)
+    exact, plain = Driver(model, torch.float32, False), Driver(model, torch.bfloat16, False)
+    fused = Driver(model, torch.bfloat16, True)
+    for i, parts in enumerate(STEPS):
+        reference = exact.step(parts)
+        plain_error = ((plain.step(parts) - reference).norm() / reference.norm()).item()
+        fused_error = ((fused.step(parts) - reference).norm() / reference.norm()).item()
+        assert fused_error < 1.3 * plain_error + 1e-3, (i, fused_error, plain_error)
+        assert plain_error < 0.05, "the yardstick is bent"
+
+
+def test_graphs_repeat_themselves_bit_by_bit() -> None:
+    a, b = (Driver(llama(1024, 8, 2), torch.bfloat16, True) for _ in range(2))
+    for parts in STEPS:
+        assert torch.equal(a.step(parts), b.step(parts))
+        assert torch.equal(a.step(parts), b.step(parts))
