@@ -33,6 +33,7 @@ MODELS = {
 }
 _BYTES_PER_S = 4.24e12
 _BLOCK_SIZE = 16
+MAX_TOKENS = 256 * 768  # of the cache, which must fit beside the weights; larger pairs are left out
 
 
 def main(
@@ -67,10 +68,12 @@ def main(
             fused, plain = setup.errors(n, 200)
             figures |= {f"error_2_layers_b{n}": round(fused, 5), f"error_2_layers_b{n}_plain": round(plain, 5)}
             del setup
-    most = max(n * c for n in batches for c in contexts)
+    most = max(n * c for n in batches for c in contexts if n * c <= MAX_TOKENS)
     setup = Setup(model, group, device, layers=layers, batch=max(batches), context=max(contexts), tokens=most)
     for n in batches:
         for c in contexts:
+            if n * c > MAX_TOKENS:
+                continue
             ms = setup.time_ms(n, c)
             name = f"b{n}_ctx{c}"
             if group.rank == 0:

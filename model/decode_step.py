@@ -117,11 +117,12 @@ class DecodeStep:
         if tp.size > 1:
             self._own_logits_SV = zeros(rows, len(self._head_VD), dtype=torch.float32)
         processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-        longest = tokens_RL.shape[1]
-        self._splits = {s: choose_splits(s, kv_heads, longest, processors) for s in batch_sizes}
+        self._splits = {s: choose_splits(s, kv_heads, tokens_RL.shape[1], processors) for s in batch_sizes}
         items = max(s * splits for s, splits in self._splits.items())
         self._scratch = decode_scratch(largest, h, e, -(-items // largest), device)
-        self.tiles = {s: choose_tiles(s, args.dim, e, tp.size) for s in batch_sizes if s <= linear.MAX_ROWS}
+        weights = (first.wqkv_ND, first.wo_DN, first.w13_ND, first.w2_DF)
+        layer_bytes = sum(weight.nbytes for weight in weights)
+        self.tiles = {s: choose_tiles(s, args.dim, e, layer_bytes) for s in batch_sizes if s <= linear.MAX_ROWS}
         self._per_step = 2 * len(self.layers) + 1
         self._exchange = self._make_exchange() if tp.size > 1 else None
         self._pdl = device.type == "cuda"

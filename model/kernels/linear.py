@@ -150,10 +150,12 @@ def padded_rows(s: int) -> int:
 
 
 def _launch(kernel: Any, tile: Tile, programs: int, s: int, pdl: bool, *args: Any, **constants: Any) -> None:
+    row_bytes = 2 * constants["K"] // tile.split
+    prefetch = min(tile.prefetch, 1 << (row_bytes.bit_length() - 1))  # nothing beyond a row's end
     kernel[(programs, tile.split)](
         *args, s, **constants,
-        MP=padded_rows(s), BN=tile.rows, BK=tile.depth, STAGES=tile.stages, PREFETCH=tile.prefetch, EARLY=tile.early,
-        PDL=pdl, num_warps=tile.warps, launch_pdl=pdl,
+        MP=padded_rows(s), BN=tile.rows, BK=tile.depth, STAGES=tile.stages, PREFETCH=prefetch if prefetch >= 128 else 0,
+        EARLY=tile.early, PDL=pdl, num_warps=tile.warps, launch_pdl=pdl,
     )  # fmt: skip
 
 

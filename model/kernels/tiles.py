@@ -1,4 +1,4 @@
-"""Which tile each product of a decode step uses: figures found by timing whole steps, not single products."""
+"""Which tile each product of a decode step uses: found by timing whole steps on an H200, not single products."""
 
 from __future__ import annotations
 
@@ -37,40 +37,67 @@ class Tiles:
     down: Tile
     head: Tile
 
+    def all_with(self, *, prefetch: int = 0, early: bool = False) -> Tiles:
+        """The same tiles with other ways to begin."""
+        tiles = (self.qkv, self.wo, self.gate_up, self.down, self.head)
+        return Tiles(*(dataclasses.replace(tile, prefetch=prefetch, early=early) for tile in tiles))
 
-def choose_tiles(s: int, dim: int, head_dim: int, ranks: int) -> Tiles:
+    def fit(self, dim: int, head_dim: int) -> Tiles:
+        """Tiles whose rows divide what they must."""
+
+        def fit(tile: Tile, n: int) -> Tile:
+            return dataclasses.replace(tile, rows=min(tile.rows, n & -n))
+
+        return dataclasses.replace(self, qkv=fit(self.qkv, head_dim), wo=fit(self.wo, dim), down=fit(self.down, dim))
+
+
+# By the weights of a layer on this rank, in MiB (7B on 4, 2 and 1 ranks: 97, 193, 386): the less there is to read, the
+# more of a step is kernels starting, and the more it pays to bring the first bytes near before the wait.
+_SMALL, _MEDIUM = 144, 290
+_WIDE = 8192  # D from which rows are so long that other tiles are best (70B on 4 ranks: 408 MiB)
+
+
+def choose_tiles(s: int, dim: int, head_dim: int, layer_bytes: int) -> Tiles:
     """Tiles for steps of `s` sequences.
 
     Args:
         dim: D; head_dim: E.
-        ranks: of the group.
+        layer_bytes: weights of one layer on this rank.
     """
-    # A smaller share of the weights leaves more of a step to starting kernels: then the first bytes are fetched early.
+    mib = layer_bytes / 2**20
     if s == 1:
-        prefetch = 1024
-        tile = Tile(8, 1024, 4, 3, prefetch=prefetch)
-        tiles = Tiles(
-            qkv=Tile(16, 512, 4, 3, prefetch=prefetch),
-            wo=Tile(8, 512, 4, 3, prefetch=prefetch),
-            gate_up=tile,
-            down=Tile(32, 512, 8, 3, prefetch=prefetch),
-            head=tile,
-        )
+        tiles = _one(dim, mib)
     elif s <= 8:
-        prefetch, early = (512, False) if ranks > 1 else (0, True)
-        tiles = Tiles(
-            qkv=Tile(32, 256, 2, 4, prefetch=prefetch, early=early),
-            wo=Tile(32, 256, 4, 4, prefetch=prefetch, early=early),
-            gate_up=Tile(32, 256, 4, 5, prefetch=prefetch, early=early),
-            down=Tile(32, 512, 4, 5, prefetch=prefetch, early=early),
-            head=Tile(64, 256, 4, 5, prefetch=prefetch, early=early),
-        )
+        tiles = _few(dim, mib)
     else:
         wide, narrow = Tile(64, 128, 4, 4), Tile(32, 128, 4, 4)
         tiles = Tiles(qkv=wide, wo=narrow, gate_up=wide, down=narrow, head=wide)
-    return dataclasses.replace(tiles, qkv=_fit(tiles.qkv, head_dim), wo=_fit(tiles.wo, dim), down=_fit(tiles.down, dim))
+    return tiles.fit(dim, head_dim)
 
 
-def _fit(tile: Tile, n: int) -> Tile:
-    """The tile with rows that divide `n`."""
-    return dataclasses.replace(tile, rows=min(tile.rows, n & -n))
+def _one(dim: int, mib: float) -> Tiles:
+    head = Tile(16, 512, 4, 3)
+    if mib < _SMALL:
+        tiles = Tiles(Tile(8, 512, 4, 3), Tile(8, 512, 4, 1), Tile(16, 512, 4, 1), Tile(8, 1024, 4, 3), head)
+        return tiles.all_with(prefetch=1024)
+    if mib < _MEDIUM:
+        tiles = Tiles(Tile(16, 512, 4, 3), Tile(16, 512, 8, 1), Tile(4, 1024, 2, 3), Tile(16, 512, 8, 1), head)
+        return tiles.all_with(prefetch=512)
+    if dim >= _WIDE:
+        return Tiles(Tile(8, 1024, 2, 3), Tile(8, 512, 4, 1), Tile(4, 2048, 4, 1), Tile(8, 512, 4, 1), head)
+    tile = Tile(8, 1024, 4, 3)
+    return Tiles(Tile(16, 512, 4, 3), Tile(8, 512, 4, 3), tile, Tile(4, 1024, 2, 3), tile).all_with(
+        prefetch=1024, early=True
+    )
+
+
+def _few(dim: int, mib: float) -> Tiles:
+    head, down = Tile(64, 256, 4, 5), Tile(32, 512, 4, 5)
+    if mib < _SMALL:
+        tiles = Tiles(Tile(32, 256, 2, 4), Tile(32, 256, 4, 4), Tile(32, 256, 4, 5), down, head)
+        return tiles.all_with(prefetch=512)
+    if mib < _MEDIUM:
+        return Tiles(Tile(32, 128, 2, 4), down, Tile(32, 256, 2, 4), down, head).all_with(prefetch=512)
+    if dim >= _WIDE:
+        return Tiles(down, Tile(32, 256, 4, 5), Tile(32, 256, 4, 5), down, head).all_with(prefetch=512)
+    return Tiles(Tile(32, 256, 2, 4), down, Tile(32, 512, 4, 3), down, head).all_with(early=True)

@@ -87,20 +87,27 @@ class Setup:
     def contents(self) -> list[torch.Tensor]:
         return [t.clone() for t in (*self.cache.k, *self.cache.v)]
 
+    def restore(self, contents: list[torch.Tensor]) -> None:
+        for tensor, value in zip((*self.cache.k, *self.cache.v), contents, strict=True):
+            tensor.copy_(value)
+
 
 def check_logits(setup: Setup, sizes: Sequence[int]) -> None:
     """The decoder is no further from float32 than the plain network in bfloat16."""
     outputs = {}
+    before = setup.contents()  # a batch's new keys may stand in another batch's past
     for n in sizes:
         setup.decoder.capture(min(bucket for bucket in setup.decoder.buckets if bucket >= n))
         batch = setup.batch(n, seed=n)
+        setup.restore(before)
         outputs[n] = (setup.decoder(*batch).clone(), setup.plain(*batch))
     setup.to_float32()
     for n, (fused, plain) in outputs.items():
+        setup.restore(before)
         reference = setup.plain(*setup.batch(n, seed=n))
         fused_error, plain_error = ((x - reference).norm() / reference.norm() for x in (fused, plain))
         assert fused_error < 1.1 * plain_error, f"{n} sequences: {fused_error:.4f}, the plain network {plain_error:.4f}"
-        assert plain_error < 0.05
+        assert plain_error < 0.03
 
 
 def one_rank(shape: str, buckets: Sequence[int]) -> Setup:
@@ -174,14 +181,16 @@ def test_ranks(ranks: int) -> None:
     """Logits on several ranks, and exchanges in a hurry; TPSERVE_SOAK_EXCHANGES sets how many (10⁶: four minutes)."""
     if torch.cuda.device_count() < ranks:
         pytest.skip(f"needs {ranks} GPUs")
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--master-port=0", __file__]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone", __file__]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 def soak(setup: Setup, tp: TensorParallel, exchanges: int) -> None:
     """Many steps on ranks that fall behind in turn: whoever read a word of another exchange would see other logits."""
-    batches = [setup.batch(n, seed) for seed in range(3) for n in (1, 3, 8)]
+    sizes = [1, 3, 8] * 3
+    rows = setup.batch(ROWS)[0].split([*sizes, ROWS - sum(sizes)])  # rows of their own: no batch changes another's past
+    batches = [(rows[i], setup.batch(n, seed=i)[1]) for i, n in enumerate(sizes)]
     first = [setup.decoder(*batch).clone() for batch in batches]
     wrong = torch.zeros((), dtype=torch.int64, device=setup.device)
     generator = torch.Generator().manual_seed(tp.rank)
