@@ -117,6 +117,14 @@ class FusedForward:
         x_ND = rows.add_norm(y_TD, residual_TD, model.norm.weight, eps)
         return model.gather(x_ND @ model.output.weight.t()).float()
 
+    @torch.no_grad()
+    def compile(self, num_decodes: int) -> None:
+        """Runs a step of so many decoding sequences and an empty chunk; it writes no keys and reads none."""
+        device = self._tables_RB.device
+        none = torch.zeros(num_decodes or 64, dtype=torch.int64, device=device)
+        chunks = Chunks(none[:1], none.new_full((2,), num_decodes), none[:1], 1)
+        self(none, none, torch.full_like(none, -1), num_decodes, chunks, None)
+
     def _sum(self, y_TD: torch.Tensor) -> torch.Tensor:
         return self._tp.all_reduce(y_TD) if self._tp.size > 1 else y_TD
 

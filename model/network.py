@@ -101,7 +101,8 @@ class FusedNetwork:
         max_num_seqs: int,
         graphs: bool,
     ) -> None:
-        from tpserve.model.decode_step import fuse  # these need Triton
+        from tpserve.model.chunk_graphs import BUCKETS, ChunkGraphs  # these need Triton
+        from tpserve.model.decode_step import fuse
         from tpserve.model.fused_forward import Chunks, FusedForward
 
         self._tokens_RL, self._chunks = tokens_RL, Chunks
@@ -112,6 +113,8 @@ class FusedNetwork:
         else:
             layers = [fuse(block) for block in model.layers]  # type: ignore[arg-type]
         self._forward = FusedForward(model, layers, cache, tp, tables_RB)
+        self._chunk_graphs = ChunkGraphs(self._forward, tokens_RL, model.args.vocab_size) if graphs else None
+        self._chunk_buckets = BUCKETS
 
     def __call__(self, inputs: StepInputs) -> torch.Tensor:
         """See `Network`."""
@@ -119,8 +122,12 @@ class FusedNetwork:
         if decoder is not None and inputs.chunks_3P is None and decoder.ready(len(rows_T)):
             logits_TV = decoder(rows_T, positions_T)
             return logits_TV if inputs.logits_rows_N is None else logits_TV[inputs.logits_rows_N]
-        chunks = None
+        chunks, graphs = None, self._chunk_graphs
         if inputs.chunks_3P is not None:
+            parts = len(inputs.decode_lens) + len(inputs.prefills)
+            num_logits = len(rows_T) if inputs.logits_rows_N is None else len(inputs.logits_rows_N)
+            if graphs is not None and graphs.fits(len(rows_T), parts, num_logits):
+                return graphs(rows_T, positions_T, len(inputs.decode_lens), inputs.chunks_3P, inputs.logits_rows_N)
             rows, starts, contexts = inputs.chunks_3P
             longest = max(p.num_query_tokens for p in inputs.prefills)
             chunks = self._chunks(rows[:-1], starts, contexts[:-1], longest)
@@ -130,10 +137,15 @@ class FusedNetwork:
         )  # fmt: skip
 
     def warm_up(self) -> None:
-        """Captures the graphs, largest first: they share one pool of memory."""
-        if self._decoder is not None:
+        """Compiles what mixed steps need, and captures the graphs, largest first: they share pools of memory."""
+        for num_decodes in (0, 1, 2, 17, 33, 65, 129):  # attention is compiled for 1, up to 16, 32 … sequences
+            if num_decodes <= len(self._tokens_RL):
+                self._forward.compile(num_decodes)
+        if self._decoder is not None and self._chunk_graphs is not None:
             for bucket in reversed(self._decoder.buckets):
                 self._decoder.capture(bucket)
+            for bucket in reversed(self._chunk_buckets):
+                self._chunk_graphs.capture(bucket)
 
 
 def choose_network(
