@@ -81,11 +81,12 @@ def main(
             figures |= {f"{name}_ms": round(ms, 3), f"{name}_of_floor": round(setup.floor_ms(n, c) / ms, 3)}
     if group.rank == 0:
         gpu = torch.cuda.get_device_name(device).replace(" ", "-")
-        flags = f"--model {model} --tp {tp} --batch {batches} --context {contexts}".replace(" (", " '(").replace(
-            ")", ")'"
-        )
-        command = f"python -m tpserve.bench.decode_step {flags}"
+        lists = (",".join(map(str, values)) for values in (batches, contexts))
+        start = "python" if tp == 1 else f"torchrun --nproc-per-node {tp}"
+        flags = "--model {} --tp {} --batch {} --context {}".format(model, tp, *lists)
+        command = f"{start} -m tpserve.bench.decode_step {flags}"
         write_result(f"decode_step-{gpu}-{model}-tp{tp}", command, figures)
+    setup.decoder.close()
     if tp > 1:
         dist.destroy_process_group()
 

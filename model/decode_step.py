@@ -149,7 +149,7 @@ class DecodeStep:
             )
         except RuntimeError:
             ok.zero_()
-        dist.all_reduce(ok, dist.ReduceOp.MIN, group=self._tp.group)
+        dist.all_reduce(ok, dist.ReduceOp.MIN, group=self._tp.group)  # and so nobody pushes before all have zeroed
         return exchange if ok.item() else None
 
     def enqueue(self, s: int) -> None:

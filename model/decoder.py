@@ -87,6 +87,11 @@ class FusedDecoder:
         current.wait_stream(self._stream)
         self._graphs[bucket] = graph
 
+    def close(self) -> None:
+        """Drops the graphs. Before the process group is destroyed: NCCL waits for all graphs that hold its kernels."""
+        torch.cuda.synchronize(self._device)
+        self._graphs.clear()
+
     def ready(self, n: int) -> bool:
         """Whether a batch of `n` has a graph."""
         return any(bucket >= n for bucket in self._graphs)

@@ -28,7 +28,6 @@ from __future__ import annotations
 import os
 
 import torch
-import torch.distributed as dist
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
@@ -105,6 +104,9 @@ def _push_matrix_kernel(
 class WordExchange:
     """Buffers that every rank of a group may store words into, and the kernels that read them.
 
+    Some collective must stand between making it and the first exchange, on this stream: nobody may store words before
+    all have zeroed theirs.
+
     Args:
         tp: the group, of two ranks at least.
         device: of this rank.
@@ -141,8 +143,6 @@ class WordExchange:
         self._words.zero_()  # epoch 0, which no exchange has
         self._handle = symmetric_memory.rendezvous(self._words, tp.group)
         self.peers = torch.tensor(list(self._handle.buffer_ptrs), dtype=torch.int64, device=device)
-        torch.cuda.synchronize(device)
-        dist.barrier(tp.group)  # nobody stores before everybody has zeroed
 
     def slot(self, index: int) -> int:
         """The first word of the slot that sum number `index` of a step uses."""

@@ -224,6 +224,7 @@ def rank_main() -> None:
             assert all(torch.equal(other, logits) for other in every), f"{n} sequences: the ranks differ"
         soak(setup, tp, int(os.environ.get("TPSERVE_SOAK_EXCHANGES", "20000")))
         check_logits(setup, [1, 3, 8, 20, 50, 70])
+        setup.decoder.close()
     dist.barrier()
     dist.destroy_process_group()
 
