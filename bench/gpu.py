@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import fire
+import torch
 
 from tpserve.bench.convert_memory import write_result
 from tpserve.engine.client import EngineClient
@@ -182,7 +183,8 @@ def main(
         print(f"{row['kind']:4}{row['batch']:>6}{row['in']:>6}{row['ttft_ms']:>9.2f}{row['step_ms']:>9.3f}{share}"
               f"{row['tokens_per_s']:>10.0f}{beside}")  # fmt: skip
     command = f"python -m tpserve.bench.gpu {' '.join(sys.argv[1:])}".strip()
-    figures = {"model": model, "tensor_parallel_size": tp, "device": engine.info.device, "start_s": engine.start_s}
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    figures = {"model": model, "tensor_parallel_size": tp, "device": name, "start_s": engine.start_s}
     write_result(f"gpu_{model}_tp{tp}", command, {**figures, "options": options, "rows": rows})
 
 

@@ -34,6 +34,9 @@ class StubNetwork:
     def warm_up(self) -> None:
         """Nothing."""
 
+    def close(self) -> None:
+        """Nothing."""
+
 
 def build(config: EngineConfig, device: torch.device, tp: TensorParallel) -> EngineCore:
     """An engine around the stub; as many KV blocks as all sequences can fill, without memory behind them."""

@@ -47,6 +47,7 @@ class Runner(Protocol):
     def launch(self, plan: StepPlan, timed: bool = False) -> Any: ...
     def draw(self, step: Any, masks: NDArray[np.int32] | None) -> None: ...
     def finish(self, step: Any) -> StepResult: ...
+    def close(self) -> None: ...
 
 
 class EngineCore:
@@ -75,6 +76,7 @@ class EngineCore:
         self._under_way: tuple[StepPlan, Any] | None = None
         self._outputs: list[RequestOutput] = []
         self._arrivals = 0
+        self._unchecked = False  # there has been work since the last check
         self._reports: list[int] = []
 
     @property
@@ -105,6 +107,7 @@ class EngineCore:
             self._finish()
         started: tuple[StepPlan, Any] | None = None
         if self.scheduler.has_work:
+            self._unchecked = True
             with trace.span("schedule"):
                 plan = self.scheduler.schedule()
             if plan.entries:
@@ -122,12 +125,20 @@ class EngineCore:
         if self._under_way is not None:
             self._finish()
         self._under_way = started
-        if not self.has_work:
-            self.scheduler.check_integrity()
         self.step_count += 1
         trace.end_step()
         outputs, self._outputs = self._outputs, []
         return Outputs(outputs, scheduled)
+
+    def check_integrity(self) -> None:
+        """Asserts that the books are right, when there is nothing else to do: it looks at every block."""
+        if not self.has_work and self._unchecked:
+            self._unchecked = False
+            self.scheduler.check_integrity()
+
+    def close(self) -> None:
+        """Lets go of what must not outlive the process group."""
+        self._runner.close()
 
     def take_reports(self) -> list[RankStatus]:
         """Answers to the `Report` events applied so far."""

@@ -85,6 +85,7 @@ def run_batch(job: Job) -> int:
         if tp.rank:
             core = build_core(job.config, device, tp)
             follow(core, job.config, FollowerChannel(folder, tp.rank, job.config.step_timeout_s))
+            core.close()
             return 0
         channel = LeaderChannel(folder, tp.size)
         return _lead_batch(job, build_core(job.config, device, tp), channel)
@@ -122,6 +123,7 @@ def _lead_batch(job: Job, core: EngineCore, channel: LeaderChannel) -> int:
                 journal.add(index, error_result(e))
         frontend = OfflineFrontend(requests, tokenizer, 2 * job.config.max_num_seqs, journal.add)
         lead(core, job.config, channel, frontend)
+        core.close()
         frontend.close()
         journal.finish()
         return sum("error" in result for result in journal.results.values())

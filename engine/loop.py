@@ -46,6 +46,7 @@ def lead(core: EngineCore, config: EngineConfig, channel: LeaderChannel, fronten
         if outputs.outputs or outputs.scheduled:
             with core.tracer.span("send"):
                 frontend.send_outputs(outputs)
+        core.check_integrity()
         statuses: list[RankStatus] = core.take_reports()
         if _compares(core, config):
             statuses.append(core.status())
@@ -75,6 +76,7 @@ def follow(core: EngineCore, config: EngineConfig, channel: FollowerChannel) -> 
             raise EngineError(f"rank 0 is at step {message.step}, this rank at {core.step_count}")
         core.apply(message.events)
         core.step()
+        core.check_integrity()
         reports: list[RankStatus | RankTrace] = [*core.take_reports(), *core.tracer.take()]
         for report in reports:
             channel.send(report)

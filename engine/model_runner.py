@@ -19,6 +19,7 @@ from tpserve.engine.batch import Array, BatchState, Changes, DrawBuilder, Draws,
 from tpserve.engine.config import EngineConfig
 from tpserve.engine.device_queue import device_clock, device_queue
 from tpserve.engine.protocol import PromptLogprob, TopLogprobs
+from tpserve.engine.sequence import Sequence
 from tpserve.engine.step import Candidate, StepPlan, StepResult
 from tpserve.model.attention import SequenceSlice
 from tpserve.model.kv_cache import PagedKVCache
@@ -93,6 +94,10 @@ class ModelRunner:
         """Does what would otherwise delay the first steps; on several ranks, all do it together."""
         self.network.warm_up()
 
+    def close(self) -> None:
+        """Lets go of what holds on to the process group."""
+        self.network.close()
+
     def launch(self, plan: StepPlan, timed: bool = False) -> Step:
         """Starts the network on a plan; `draw` must follow.
 
@@ -104,38 +109,41 @@ class ModelRunner:
         num_decodes = sum(entry.num_query_tokens == 1 and len(entry.samples) == 1 for entry in plan.entries)
         decodes, others = plan.entries[:num_decodes], plan.entries[num_decodes:]
         drawing = [entry.seq for entry in decodes]
-        rows = [seq.row for seq in drawing]
-        positions = [entry.start for entry in decodes]
+        flat = np.empty((2, plan.num_tokens), dtype=np.int64)  # rows, positions
+        flat[0, :num_decodes] = [_row(seq) for seq in drawing]
+        flat[1, :num_decodes] = positions = [entry.start for entry in decodes]
         draw_positions = [position + 1 for position in positions]
         decode_lens = draw_positions.copy()
         draw_rows = list(range(num_decodes))
         prefills = []
-        chunks: list[tuple[int | None, int, int]] = []  # row, first token in the step, tokens before it
+        chunks: list[tuple[int, int, int]] = []  # row, first token in the step, tokens before it
+        end = num_decodes
         for entry in others:
             start, n = entry.start, entry.num_query_tokens
-            chunks.append((entry.seq.row, len(rows), start))
+            chunks.append((_row(entry.seq), end, start))
             prefills.append(SequenceSlice(start, n))
-            rows += itertools.repeat(entry.seq.row, n)
-            positions += range(start, start + n)
+            flat[0, end : end + n] = _row(entry.seq)
+            flat[1, end : end + n] = np.arange(start, start + n)
+            end += n
             for seq in entry.samples:
                 for i in range(len(entry.drafts), -1, -1):
                     drawing.append(seq)
-                    draw_rows.append(len(rows) - 1 - i)
+                    draw_rows.append(end - 1 - i)
                     draw_positions.append(start + n - i)
-        assert None not in rows, "a sequence was planned that holds no row"
         prompt, prompt_rows = self._prompt_rows(plan)
         changes = Changes.of(plan, self._upload)
         copies = self._upload(list(zip(*plan.copies, strict=True)), np.int64) if plan.copies else None
         draws = self._draws.build(drawing, draw_positions) if drawing else None
-        flat = self._upload([rows, positions], np.int64)
+        rows_T, positions_T = self._upload(flat)
         draw_rows += prompt_rows
+        all_drawn = len(draw_rows) == end and draw_rows == list(range(end))
         inputs = StepInputs(
-            rows_T=flat[0],
-            positions_T=flat[1],
+            rows_T=rows_T,
+            positions_T=positions_T,
             decode_lens=decode_lens,
             prefills=prefills,
-            chunks_3P=self._upload(list(zip(*chunks, (0, len(rows), 0), strict=True)), np.int64) if chunks else None,
-            logits_rows_N=None if draw_rows == list(range(len(rows))) else self._upload(draw_rows, np.int64),
+            chunks_3P=self._upload(list(zip(*chunks, (0, end, 0), strict=True)), np.int64) if chunks else None,
+            logits_rows_N=None if all_drawn else self._upload(draw_rows, np.int64),
         )
         marks: list[Any] = []
 
@@ -243,6 +251,11 @@ class ModelRunner:
                     top = max(top, seq.params.prompt_logprobs)
             first += entry.num_query_tokens
         return (_PromptRows(spans, self._upload(targets, np.int64), top) if spans else None), rows
+
+
+def _row(seq: Sequence) -> int:
+    assert seq.row is not None, "a sequence was planned that holds no row"
+    return seq.row
 
 
 def _on_its_way(tensor: torch.Tensor) -> torch.Tensor:

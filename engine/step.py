@@ -36,7 +36,7 @@ class StepPlan:
         loads: sequences whose rows must be written: tokens, block table, parameters.
         new_blocks: (sequence, place in its table, block): changes of tables that are loaded already.
         writes: (sequence, position, token): tokens that the host decided.
-        copies: (from, to): blocks to be copied.
+        copies: (from, to): blocks to be copied; all are read before any is written.
         scheduled: requests that run for the first time.
     """
 

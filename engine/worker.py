@@ -78,10 +78,12 @@ def main(folder: Path, build: Callable[[EngineConfig, torch.device, TensorParall
             core = build(config, device, tp)
             if socket is None:
                 follow(core, config, FollowerChannel(folder, rank, config.step_timeout_s))
+                core.close()
                 return 0
             channel = LeaderChannel(folder, tp.size)
             socket.send(Ready(tp.size, core.shape.num_blocks, config.block_size, config.max_seq_len, str(device)))
             lead(core, config, channel, socket)
+            core.close()
             return 0
     except (ConfigError, CheckpointError) as e:
         logger.error("%s", e)

@@ -36,7 +36,7 @@ class PagedKVCache:
         """Copies whole blocks, in every layer.
 
         Args:
-            sources, targets: int64 block numbers, pairwise; no target is a source.
+            sources, targets: int64 block numbers, pairwise. All sources are read before any target is written.
         """
         for tensor in (*self.k, *self.v):
             blocks = tensor.view(self.num_blocks, self.block_size, *tensor.shape[1:])

@@ -54,6 +54,10 @@ class Network(Protocol):
         """Does what would otherwise delay the first steps."""
         ...
 
+    def close(self) -> None:
+        """Lets go of what holds on to the process group; no further call."""
+        ...
+
 
 class PlainNetwork:
     """`Llama.forward`, operation by operation.
@@ -78,6 +82,9 @@ class PlainNetwork:
 
     def warm_up(self) -> None:
         """Nothing: the first step is like the others."""
+
+    def close(self) -> None:
+        """Nothing."""
 
 
 class FusedNetwork:
@@ -113,7 +120,9 @@ class FusedNetwork:
         else:
             layers = [fuse(block) for block in model.layers]  # type: ignore[arg-type]
         self._forward = FusedForward(model, layers, cache, tp, tables_RB)
-        self._chunk_graphs = ChunkGraphs(self._forward, tokens_RL, model.args.vocab_size) if graphs else None
+        # Over several ranks these would capture NCCL's collectives; mixed steps launch their kernels there.
+        small = graphs and tp.size == 1
+        self._chunk_graphs = ChunkGraphs(self._forward, tokens_RL, model.args.vocab_size) if small else None
         self._chunk_buckets = BUCKETS
 
     def __call__(self, inputs: StepInputs) -> torch.Tensor:
@@ -141,11 +150,18 @@ class FusedNetwork:
         for num_decodes in (0, 1, 2, 17, 33, 65, 129):  # attention is compiled for 1, up to 16, 32 … sequences
             if num_decodes <= len(self._tokens_RL):
                 self._forward.compile(num_decodes)
-        if self._decoder is not None and self._chunk_graphs is not None:
+        if self._decoder is not None:
             for bucket in reversed(self._decoder.buckets):
                 self._decoder.capture(bucket)
+        if self._chunk_graphs is not None:
             for bucket in reversed(self._chunk_buckets):
                 self._chunk_graphs.capture(bucket)
+
+    def close(self) -> None:
+        """Drops the graphs: NCCL's end waits for those that hold its kernels."""
+        if self._decoder is not None:
+            self._decoder.close()
+        self._chunk_graphs = None
 
 
 def choose_network(

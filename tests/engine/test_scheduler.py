@@ -99,11 +99,15 @@ class FakeDevice:
         for seq, position, token in plan.writes:
             if seq.row is not None:
                 self.rows[seq.row][position] = token
-        assert not {a for a, _ in plan.copies} & {b for _, b in plan.copies}
+        # All sources are read before any target is written: a block may be copied, given back by its last owner, and
+        # be somebody's copy, but never the other way round.
+        before = self.slots.copy()
+        for place, (source, _) in enumerate(plan.copies):
+            assert source not in {target for _, target in plan.copies[:place]}, "a copy of a copy"
         for source, target in plan.copies:
             for i in range(BLOCK):
-                if source * BLOCK + i in self.slots:
-                    self.slots[target * BLOCK + i] = self.slots[source * BLOCK + i]
+                if source * BLOCK + i in before:
+                    self.slots[target * BLOCK + i] = before[source * BLOCK + i]
         written: dict[int, int] = {}
         for entry in plan.entries:
             row = entry.seq.row
