@@ -19,6 +19,8 @@ from tpserve.engine.residency import Residency
 from tpserve.engine.sequence import Sequence
 from tpserve.engine.step import Progress, ScheduledSequence, StepPlan, StepResult
 
+MAX_PROMPT_LOGITS = 512  # prompt tokens of a step whose log-probabilities are computed
+
 
 def _is_no_decode(entry: ScheduledSequence) -> bool:
     return entry.num_query_tokens > 1 or len(entry.samples) != 1
@@ -143,12 +145,16 @@ class Scheduler:
     def _prefill(self, plan: StepPlan, seq: Sequence, budget: int) -> int:
         """Plans the next chunk of a sequence; returns its tokens."""
         n = seq.num_uncomputed_tokens
+        asks = seq.params.prompt_logprobs is not None and not seq.said
         if self._config.enable_chunked_prefill:
             n = min(n, budget)
+            if asks:  # a row of logits for each token: of long prompts they would not fit beside the KV cache
+                n = min(n, MAX_PROMPT_LOGITS - plan.num_prompt_logits)
         elif n > budget and any(entry.num_query_tokens > 1 for entry in plan.entries):
             n = 0
         if n <= 0:
             return 0
+        plan.num_prompt_logits += n if asks else 0
         start, seq.num_computed_tokens = seq.num_computed_tokens, seq.num_computed_tokens + n
         self.residency.register(seq)
         samples: tuple[Sequence, ...] = ()

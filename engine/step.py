@@ -38,6 +38,7 @@ class StepPlan:
         writes: (sequence, position, token): tokens that the host decided.
         copies: (from, to): blocks to be copied; all are read before any is written.
         scheduled: requests that run for the first time.
+        num_prompt_logits: prompt tokens whose log-probabilities are asked for.
     """
 
     entries: list[ScheduledSequence] = dataclasses.field(default_factory=list)
@@ -46,6 +47,7 @@ class StepPlan:
     writes: list[tuple[Sequence, int, int]] = dataclasses.field(default_factory=list)
     copies: list[tuple[int, int]] = dataclasses.field(default_factory=list)
     scheduled: list[str] = dataclasses.field(default_factory=list)
+    num_prompt_logits: int = 0
 
     @property
     def num_tokens(self) -> int:

@@ -347,6 +347,19 @@ def test_the_cache_forgets_what_was_used_longest_ago() -> None:
     assert pool.lookup(hashes[:1]) == []
 
 
+def test_prompts_whose_logprobs_are_asked_for_share_a_bound() -> None:
+    scheduler = make_scheduler(blocks=1000, max_num_batched_tokens=4096, max_seq_len=2048)
+    for i in range(3):
+        params = SamplingParams(max_new_tokens=1, prompt_logprobs=0)
+        ids = [100 * i + j % 97 for j in range(400)]
+        scheduler.add(Sequence(f"r{i}", ids, params, max_seq_len=2048, eos_token_id=EOS, key=(0, i)))
+    assert [run_step(scheduler) for _ in range(3)] == [
+        [("r0", 400), ("r1", 112)],
+        [("r1", 288), ("r2", 224)],
+        [("r2", 176)],
+    ]
+
+
 def test_priority_goes_before_arrival() -> None:
     scheduler = make_scheduler(max_num_seqs=1)
     for arrival, priority in ((1, 0), (2, 1), (3, 0), (4, -1)):
