@@ -42,6 +42,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "dim": 8192, "n_layers": 80, "n_heads": 64, "n_kv_heads": 8, "multiple_of": 4096, "ffn_dim_multiplier": 1.3,
         "norm_eps": 1e-5, "vocab_size": 32000,
     },
+    "110M": {"dim": 768, "n_layers": 12, "n_heads": 12, "multiple_of": 32, "norm_eps": 1e-5, "vocab_size": 32000},
     "tiny": {"dim": 256, "n_layers": 2, "n_heads": 4, "multiple_of": 64, "norm_eps": 1e-5, "vocab_size": 512},
 }  # fmt: skip
 
@@ -78,16 +79,17 @@ class Engine:
     Args:
         model: a key of `MODELS`.
         tp: ranks.
+        dtype: of weights and activations.
         options: further configuration.
     """
 
-    def __init__(self, model: str, tp: int, **options: Any) -> None:
+    def __init__(self, model: str, tp: int, dtype: str, **options: Any) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="tpserve-bench-")
         self.args = ModelArgs.from_params(MODELS[model])
         CheckpointInfo(self.args, "bfloat16").write(Path(self._folder.name))
         self._rng = random.Random(0)
         config = EngineConfig(
-            checkpoint_dir=self._folder.name, load_format="dummy", tensor_parallel_size=tp, dtype="bfloat16",
+            checkpoint_dir=self._folder.name, load_format="dummy", tensor_parallel_size=tp, dtype=dtype,
             max_seq_len=2048, max_num_seqs=256, max_num_batched_tokens=8192, enable_prefix_caching=False, **options,
         )  # fmt: skip
         started_s = time.monotonic()
@@ -131,13 +133,13 @@ def throughput(engine: Engine, requests: int, prompt_tokens: int, new: int) -> d
             "tokens_per_s": requests * new / elapsed_s}  # fmt: skip
 
 
-def floor_ms(args: ModelArgs, tp: int, batch: int, context: int, bandwidth: float) -> float:
+def floor_ms(args: ModelArgs, tp: int, batch: int, context: int, bandwidth: float, itemsize: int) -> float:
     """What a step's weights and KV take to read."""
     heads = args.n_heads + 2 * args.n_kv_heads
     layer = args.dim * (heads * args.head_dim + args.n_heads * args.head_dim + 3 * args.ffn_hidden_dim)
     weights = args.n_layers * layer + args.vocab_size * args.dim
     kv = 2 * args.n_layers * batch * context * args.n_kv_heads * args.head_dim
-    return 1e3 * 2 * (weights + kv) / tp / bandwidth
+    return 1e3 * itemsize * (weights + kv) / tp / bandwidth
 
 
 def main(
@@ -148,33 +150,36 @@ def main(
     requests: str = "64,256",
     new: int = 256,
     bandwidth: float = 4.24e12,
+    dtype: str = "bfloat16",
     peer: str = "",
     **options: Any,
 ) -> None:
     """Measures and prints the table.
 
     Args:
-        model: 7B, 13B, 70B or tiny.
+        model: a key of `MODELS`.
         tp: ranks.
         batches, prompts: of the latency rows, comma-separated.
         requests: of the throughput rows (512 tokens in, 256 out).
         new: tokens of a latency run.
         bandwidth: of the device's memory, bytes a second.
+        dtype: of weights and activations.
         peer: a command that measures the same of something else.
         options: keys of the engine's configuration.
     """
     numbers = [[int(x) for x in str(text).strip("()").split(",") if x.strip()] for text in (batches, prompts, requests)]
-    engine = Engine(model, tp, **options)
+    engine = Engine(model, tp, dtype, **options)
     try:
         rows = [latency(engine, b, p, new) for b in numbers[0] for p in numbers[1]]
         rows += [throughput(engine, n, 512, 256) for n in numbers[2]]
     finally:
         engine.close()
+    itemsize = getattr(torch, dtype).itemsize
     theirs = _peer_rows(peer) if peer else {}
     print(f"{'':4}{'batch':>6}{'in':>6}{'TTFT ms':>9}{'ms/step':>9}{'of floor':>9}{'tokens/s':>10}{'peer TTFT':>10}"
           f"{'peer step':>10}{'peer t/s':>10}")  # fmt: skip
     for row in rows:
-        floor = floor_ms(engine.args, tp, row["batch"], row["in"] + new // 2, bandwidth)
+        floor = floor_ms(engine.args, tp, row["batch"], row["in"] + new // 2, bandwidth, itemsize)
         row["floor_ms"] = floor if row["kind"] == "lat" else None
         peer_row = theirs.get((row["kind"], row["batch"], row["in"]))
         row["peer"] = peer_row
@@ -184,7 +189,7 @@ def main(
               f"{row['tokens_per_s']:>10.0f}{beside}")  # fmt: skip
     command = f"python -m tpserve.bench.gpu {' '.join(sys.argv[1:])}".strip()
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    figures = {"model": model, "tensor_parallel_size": tp, "device": name, "start_s": engine.start_s}
+    figures = {"model": model, "tensor_parallel_size": tp, "dtype": dtype, "device": name, "start_s": engine.start_s}
     write_result(f"gpu_{model}_tp{tp}", command, {**figures, "options": options, "rows": rows})
 
 

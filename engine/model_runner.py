@@ -133,7 +133,6 @@ class ModelRunner:
         prompt, prompt_rows = self._prompt_rows(plan)
         changes = Changes.of(plan, self._upload)
         copies = self._upload(list(zip(*plan.copies, strict=True)), np.int64) if plan.copies else None
-        draws = self._draws.build(drawing, draw_positions) if drawing else None
         rows_T, positions_T = self._upload(flat)
         draw_rows += prompt_rows
         all_drawn = len(draw_rows) == end and draw_rows == list(range(end))
@@ -155,7 +154,10 @@ class ModelRunner:
                 self._cache.copy_blocks(copies[0], copies[1])
             return self.network(inputs)
 
-        step = Step(draws, self._queue.submit(network), prompt)
+        computed = self._queue.submit(network)
+        # What only the draws need is made while the device has something to do.
+        draws = self._draws.build(drawing, draw_positions) if drawing else None
+        step = Step(draws, computed, prompt)
         step.marks = marks
         return step
 
