@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.groups import rank_group, with_
 from tests.helpers.local import LocalEngine
 from tests.helpers.plain import Answer, beam_search, log_softmax, process
 from tests.helpers.requests import Collected
@@ -35,18 +36,10 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
     )
 
 
-def with_(config: EngineConfig, **changes: Any) -> EngineConfig:
-    return EngineConfig(**{name: getattr(config, name) for name in config.field_names()} | changes)
-
-
 @pytest.fixture(scope="module", params=[1, 2])
 def client(request: pytest.FixtureRequest, config: EngineConfig) -> Iterator[EngineClient]:
-    client = EngineClient(with_(config, tensor_parallel_size=request.param))
-    client.start()
-    yield client
-    assert [rank.num_blocks_in_use for rank in client.status().ranks] == [0] * request.param
-    assert len({rank.checksum for rank in client.status().ranks}) == 1
-    client.close()
+    with rank_group(config, request.param) as client:
+        yield client
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.grammars import fits, random_regex, random_schema
+from tests.helpers.groups import rank_group, with_
 from tests.helpers.local import LocalEngine
 from tests.helpers.requests import Collected
 from tests.helpers.stories import EOS, VOCAB_SIZE, converted, prompts, tokenizer
@@ -52,20 +53,10 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
     )
 
 
-def with_(config: EngineConfig, **changes: Any) -> EngineConfig:
-    return EngineConfig(**{name: getattr(config, name) for name in config.field_names()} | changes)
-
-
 @pytest.fixture(scope="module", params=[1, 2])
 def client(request: pytest.FixtureRequest, config: EngineConfig) -> Iterator[EngineClient]:
-    client = EngineClient(with_(config, tensor_parallel_size=request.param))
-    client.start()
-    yield client
-    status = client.status()
-    assert [rank.num_blocks_in_use for rank in status.ranks] == [0] * request.param
-    assert len({rank.checksum for rank in status.ranks}) == 1
-    assert client.num_restarts == 0
-    client.close()
+    with rank_group(config, request.param) as client:
+        yield client
 
 
 def neighbours(engine: Any) -> list[Collected]:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.helpers.groups import with_
 from tests.helpers.local import LocalEngine
 from tests.helpers.plain import Tally, check, decide
 from tests.helpers.requests import Collected
@@ -39,10 +40,6 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
         max_num_seqs=32,
         max_num_batched_tokens=256,
     )
-
-
-def with_(config: EngineConfig, **changes: Any) -> EngineConfig:
-    return EngineConfig(**{name: getattr(config, name) for name in config.field_names()} | changes)
 
 
 def run(engine: LocalEngine, requests: list[Request], **more: Any) -> list[Collected]:

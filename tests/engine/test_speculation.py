@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.groups import with_
 from tests.helpers.local import LocalEngine
 from tests.helpers.requests import Collected
 from tests.helpers.stories import EOS, converted, prompts
@@ -53,10 +54,6 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
         enable_prefix_caching=False,
         checksum_interval=4,
     )
-
-
-def with_(config: EngineConfig, **changes: Any) -> EngineConfig:
-    return EngineConfig(**{name: getattr(config, name) for name in config.field_names()} | changes)
 
 
 @pytest.fixture(scope="module")
