@@ -108,5 +108,5 @@ def test_when_torchserve_is_killed_nothing_outlives_it(old: Server) -> None:
     assert len(below) >= 1 + 2 * 6
     (java,) = (process for process in below if process.name() == "java")
     java.kill()
-    _, alive = psutil.wait_procs(below, timeout=30)
+    _, alive = psutil.wait_procs(below, timeout=15)
     assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
