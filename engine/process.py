@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import select
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -42,6 +44,30 @@ def die_with_parent(parent_pid: int | None = None) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() == 1 or (parent_pid is not None and os.getppid() != parent_pid):
         os._exit(1)
+
+
+def kill_parent_with_grandparent() -> threading.Thread | None:
+    """SIGKILLs this process's parent as soon as the parent's parent ends: for a parent that would live on for nobody.
+
+    Returns:
+        the thread that waits for it; None where /proc or pidfds are missing.
+    """
+    parent = os.getppid()
+    try:
+        watched = os.pidfd_open(_parent_of(parent))
+    except (OSError, AttributeError):  # not Linux, or no right to
+        return None
+
+    def wait() -> None:
+        poll = select.poll()
+        poll.register(watched, select.POLLIN)  # readable at its end: pidfd_open(2)
+        poll.poll()
+        if os.getppid() == parent:
+            os.kill(parent, signal.SIGKILL)
+
+    thread = threading.Thread(target=wait, name="grandparent", daemon=True)
+    thread.start()
+    return thread
 
 
 def environment_without_torchrun() -> dict[str, str]:
@@ -84,12 +110,20 @@ def is_running(pid: int) -> bool:
     """Whether the process exists and is not a zombie."""
     try:
         os.kill(pid, 0)
-        # The state follows the command name, which stands in parentheses and may hold anything (proc(5)).
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        return _after_name(pid)[0] != "Z"
     except ProcessLookupError:
         return False
     except (OSError, IndexError):
         return not sys.platform.startswith("linux")
+
+
+def _parent_of(pid: int) -> int:
+    return int(_after_name(pid)[1])
+
+
+def _after_name(pid: int) -> list[str]:
+    # State and parent follow the command name, which stands in parentheses and may hold anything (proc(5)).
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
 def _children(pid: int) -> list[int]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from tpserve.engine.client import EngineClient
 from tpserve.engine.errors import ConfigError
-from tpserve.engine.process import die_with_parent
+from tpserve.engine.process import die_with_parent, kill_parent_with_grandparent
 from tpserve.engine.requests import RequestReader
 from tpserve.engine.text.tokenizer import Tokenizer, TokenizerError
 from tpserve.handler.backend import Backend
@@ -40,6 +40,9 @@ class Service:
     def start(cls, context: Context) -> Service:
         """Reads the configuration and starts what this process has to be."""
         die_with_parent()
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            # When TorchServe has gone, the torchrun that it started would start its backends again, for nobody.
+            kill_parent_with_grandparent()
         _quieten()
         if int(os.environ.get("RANK", "0")) != 0:  # under TorchServe's own torchrun, rank 0 does everything
             return cls(_idle)
