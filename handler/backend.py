@@ -6,8 +6,9 @@ import dataclasses
 import functools
 import logging
 import threading
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 
@@ -20,15 +21,20 @@ from tpserve.engine.requests import RequestReader
 from tpserve.engine.sampling_params import SamplingParams
 from tpserve.engine.text.tokenizer import Tokenizer
 from tpserve.engine.trace import chrome_trace
-from tpserve.handler.open_request import Deferred, OpenRequest, Pending
+from tpserve.handler.http import HttpRequest, Signal
+from tpserve.handler.open_request import Deferred, OpenAnswers, OpenRequest, Pending
 from tpserve.handler.predictions import Defaults, Prediction, parse_request
 from tpserve.handler.replies import Reply, error_reply, json_reply
+from tpserve.handler.routes import ENDPOINTS, find_endpoint
+from tpserve.handler.torchserve import read_request
 
 _STATUS_TIMEOUT_S = 5.0
 _TRACE_TIMEOUT_S = 60.0
 _MAX_TRACE_STEPS = 10_000
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T", bound=OpenAnswers)
 
 
 class Engine(Protocol):
@@ -57,6 +63,20 @@ class Engine(Protocol):
     def trace(self, num_steps: int, timeout_s: float = 60.0) -> list[RankTrace]: ...
 
 
+@dataclasses.dataclass(frozen=True)
+class Input:
+    """One prompt that the engine is to go on from.
+
+    Attributes:
+        params: what the user asked for.
+        text: the prompt as it was written, if it was text: for `echo`.
+    """
+
+    token_ids: list[int]
+    params: SamplingParams
+    text: str | None = None
+
+
 class Backend:
     """Opens requests on an engine. Not thread-safe.
 
@@ -65,7 +85,8 @@ class Backend:
         tokenizer: the checkpoint's; None: replies have ids only.
         reader: of the model's fields and prompts.
         defaults: the operator's, for requests that do not say.
-        signal: set whenever an open request has something new.
+        signal: set whenever a request that `open` opened has something new.
+        model_name: what users call the model.
     """
 
     def __init__(
@@ -75,103 +96,141 @@ class Backend:
         reader: RequestReader,
         defaults: Defaults,
         signal: threading.Event,
+        model_name: str = "llama",
     ) -> None:
-        self._engine = engine
-        self._tokenizer = tokenizer
-        self._reader = reader
-        self._defaults = defaults
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.reader = reader
+        self.defaults = defaults
         self.signal = signal
+        self.model_name = model_name
+        self.started_s = int(time.time())
 
     def open(
         self, request_id: str, parameters: Mapping[str, Any], headers: Mapping[str, Any], stream: bool = True
     ) -> Pending | Reply:
+        """`serve` for TorchServe; see `read_request`."""
+        return self.serve(request_id, read_request(parameters, headers), self.signal, stream)
+
+    def serve(self, request_id: str, request: HttpRequest, signal: Signal, stream: bool = True) -> Pending | Reply:
         """Starts what a request asks for.
 
         Args:
-            request_id: TorchServe's.
-            parameters, headers: see `parse_request`.
+            request_id: not in use.
+            request: in whatever protocol its path names.
+            signal: set whenever there is something new.
             stream: whether streams are possible.
 
         Returns:
             what will have the replies, or the one reply when it is known at once. Never raises.
         """
         try:
-            match str(headers.get("url_path") or "").strip("/"):
+            match request.path:
                 case "":
-                    prediction = parse_request(parameters, headers, self._defaults, self._reader)
-                    return self._submit(request_id, prediction, stream)
+                    prediction = parse_request(request, self.defaults, self.reader)
+                    return self._predict(request_id, prediction, signal, stream)
                 case "health":
                     return self.health()
                 case "status":
-                    return Deferred(self._status, self.signal)
+                    return Deferred(self._status, signal)
                 case "metrics":
-                    return Reply(self._engine.metrics.text(), CONTENT_TYPE)
+                    return Reply(self.engine.metrics.text(), CONTENT_TYPE)
                 case path if path == "trace" or path.startswith("trace/"):
                     num_steps = _trace_steps(path)
-                    return Deferred(lambda: self._trace(num_steps), self.signal)
-                case path:
-                    known = "health, status, metrics, trace"
-                    raise RequestError(f"there is nothing at {path!r}; known: {known}", status=404)
+                    return Deferred(lambda: self._trace(num_steps), signal)
+            endpoint = find_endpoint(request.path)
+            if endpoint is None:
+                known = "health, status, metrics, trace, " + ", ".join(sorted(ENDPOINTS))
+                raise RequestError(f"there is nothing at {request.path!r}; known: {known}", status=404)
+            return endpoint(self, request_id, request, signal, stream)
         except TpserveError as e:
             return error_reply(e)
         except Exception as e:  # whatever it is, it is this request's alone
             logger.exception("request %s", request_id)
             return error_reply(e)
 
-    def cancel(self, pending: Pending) -> None:
-        """Frees what the engine still does for `pending`."""
-        for engine_id in pending.engine_ids:
-            self._engine.cancel(engine_id)
+    def submit(
+        self,
+        request_id: str,
+        inputs: Sequence[Input],
+        make: Callable[[tuple[str, ...], list[Completion]], T],
+        priority: int = 0,
+        timeout_s: float | None = None,
+    ) -> T:
+        """Gives prompts to the engine.
 
-    def health(self) -> Reply:
-        """200 when tokens can be made, 503 with the reason when not."""
-        if self._engine.ready:
-            return json_reply({"status": "ready", **msgspec.structs.asdict(self._engine.info)})
-        reason = self._engine.failure or "the rank group is starting"
-        return json_reply({"status": "unavailable", "reason": reason}, 503)
+        Args:
+            request_id: the engine's requests are called after it.
+            inputs: one engine request each.
+            make: from the engine's ids and the completions to what will have the replies.
+            priority, timeout_s: see `GenerateRequest`.
 
-    def _status(self) -> Reply:
-        try:
-            return json_reply({"ranks": self._engine.status(_STATUS_TIMEOUT_S).ranks})
-        except EngineError as e:
-            return error_reply(e)
-
-    def _trace(self, num_steps: int) -> Reply:
-        try:
-            return json_reply(chrome_trace(self._engine.trace(num_steps, _TRACE_TIMEOUT_S)))
-        except EngineError as e:
-            return error_reply(e)
-
-    def _submit(self, request_id: str, prediction: Prediction, stream: bool) -> OpenRequest:
-        prompts = [self._reader.encode(prompt) for prompt in prediction.prompts]
-        if not stream:
-            prediction = dataclasses.replace(prediction, stream=False)
-        engine_ids = tuple(f"{request_id}/{i}" for i in range(len(prompts)))
+        Raises:
+            RequestError, EngineError: the engine takes none of them.
+        """
+        engine_ids = tuple(f"{request_id}/{i}" for i in range(len(inputs)))
         completions = [
             Completion(
-                ids,
-                prediction.params,
-                self._tokenizer,
-                prompt.value if isinstance(prompt.value, str) else None,
-                functools.partial(self._engine.cancel, engine_id),
+                one.token_ids, one.params, self.tokenizer, one.text, functools.partial(self.engine.cancel, engine_id)
             )
-            for engine_id, ids, prompt in zip(engine_ids, prompts, prediction.prompts, strict=True)
+            for engine_id, one in zip(engine_ids, inputs, strict=True)
         ]
-        opened = OpenRequest(prediction, engine_ids, completions, self.signal)
+        opened = make(engine_ids, completions)
         try:
-            for i, (engine_id, ids) in enumerate(zip(engine_ids, prompts, strict=True)):
-                self._engine.submit(
+            for i, (engine_id, one) in enumerate(zip(engine_ids, inputs, strict=True)):
+                self.engine.submit(
                     engine_id,
-                    ids,
+                    one.token_ids,
                     completions[i].params,
                     functools.partial(opened.deliver, i),
-                    priority=prediction.priority,
-                    timeout_s=prediction.timeout_s,
+                    priority=priority,
+                    timeout_s=timeout_s,
                 )
         except TpserveError:
             self.cancel(opened)
             raise
         return opened
+
+    def cancel(self, pending: Pending) -> None:
+        """Frees what the engine still does for `pending`."""
+        for engine_id in pending.engine_ids:
+            self.engine.cancel(engine_id)
+
+    def health(self) -> Reply:
+        """200 when tokens can be made, 503 with the reason when not."""
+        if self.engine.ready:
+            return json_reply({"status": "ready", **msgspec.structs.asdict(self.engine.info)})
+        reason = self.engine.failure or "the rank group is starting"
+        return json_reply({"status": "unavailable", "reason": reason}, 503)
+
+    def _status(self) -> Reply:
+        try:
+            return json_reply({"ranks": self.engine.status(_STATUS_TIMEOUT_S).ranks})
+        except EngineError as e:
+            return error_reply(e)
+
+    def _trace(self, num_steps: int) -> Reply:
+        try:
+            return json_reply(chrome_trace(self.engine.trace(num_steps, _TRACE_TIMEOUT_S)))
+        except EngineError as e:
+            return error_reply(e)
+
+    def _predict(self, request_id: str, prediction: Prediction, signal: Signal, stream: bool) -> OpenRequest:
+        inputs = [
+            Input(
+                self.reader.encode(prompt), prediction.params, prompt.value if isinstance(prompt.value, str) else None
+            )
+            for prompt in prediction.prompts
+        ]
+        if not stream:
+            prediction = dataclasses.replace(prediction, stream=False)
+        return self.submit(
+            request_id,
+            inputs,
+            lambda ids, completions: OpenRequest(prediction, ids, completions, signal),
+            prediction.priority,
+            prediction.timeout_s,
+        )
 
 
 def _trace_steps(path: str) -> int:

@@ -12,6 +12,7 @@ from tpserve.engine.completion import Completion
 from tpserve.engine.errors import EngineError
 from tpserve.engine.protocol import RequestOutput
 from tpserve.engine.results import said, said_of_prompt, usage, whole
+from tpserve.handler.http import Signal
 from tpserve.handler.predictions import Form, Prediction
 from tpserve.handler.replies import NDJSON, Reply, error_reply, failed, json_line, json_reply
 
@@ -35,7 +36,7 @@ class Deferred:
 
     engine_ids: tuple[str, ...] = ()
 
-    def __init__(self, compute: Callable[[], Reply], signal: threading.Event) -> None:
+    def __init__(self, compute: Callable[[], Reply], signal: Signal) -> None:
         self._reply: Reply | None = None
         self._compute = compute
         self._signal = signal
@@ -56,33 +57,26 @@ class Deferred:
         self._reply = error_reply(EngineError(message))
 
 
-class OpenRequest:
-    """A prediction that the engine is working on.
+class OpenAnswers:
+    """A request that the engine is working on, in whatever protocol.
 
-    `deliver` is called by the engine's thread, everything else by the one that serves TorchServe.
+    `deliver` is called by the engine's thread, everything else by the one that serves the front.
 
     Args:
-        prediction: the request.
         engine_ids: one a prompt.
         completions: likewise.
         signal: set whenever something arrives.
+        stream: whether news are told as they come.
     """
 
     def __init__(
-        self,
-        prediction: Prediction,
-        engine_ids: tuple[str, ...],
-        completions: list[Completion],
-        signal: threading.Event,
+        self, engine_ids: tuple[str, ...], completions: list[Completion], signal: Signal, stream: bool
     ) -> None:
         self.engine_ids = engine_ids
-        self._form = prediction.form
-        self._stream = prediction.stream
-        self._many = prediction.params.n > 1
-        self._begun = False
-        self._prompt_told = False
+        self.completions = completions
+        self.begun = False  # a stream's first chunk has been told, and its status with it
+        self._stream = stream
         self._inbox: deque[tuple[int, RequestOutput]] = deque()  # thread-safe at both ends
-        self._completions = completions
         self._failure: str | None = None
         self._signal = signal
 
@@ -102,26 +96,59 @@ class OpenRequest:
             return self._next()
         except Exception as e:
             logger.exception("request %s", self.engine_ids[0])
-            return self._broken("internal error") if self._begun else error_reply(e)
+            return self.broken("internal error") if self.begun else self.error(e)
 
     def _next(self) -> Reply | None:
         while self._inbox:
             index, output = self._inbox.popleft()
-            self._completions[index].add(output)
-        errors = (completion.error for completion in self._completions)
+            self.completions[index].add(output)
+        errors = (completion.error for completion in self.completions)
         error = self._failure or next((error for error in errors if error is not None), None)
-        if error is not None and not self._begun:
-            return error_reply(EngineError(error))
+        if error is not None and not self.begun:
+            return self.error(EngineError(error))
         if self._failure is not None:
-            return self._broken(self._failure)
+            return self.broken(self._failure)
         if self._stream:
-            return self._chunk()
-        if not all(completion.finished for completion in self._completions):
+            return self.chunk()
+        if not all(completion.finished for completion in self.completions):
             return None
-        return self._whole()
+        return self.whole()
 
-    def _chunk(self) -> Reply | None:
-        (completion,) = self._completions
+    def chunk(self) -> Reply | None:
+        """What a stream says now; sets `begun`. A completion's `error` ends it."""
+        raise NotImplementedError
+
+    def whole(self) -> Reply:
+        """The whole reply, when all has ended."""
+        raise NotImplementedError
+
+    def error(self, error: Exception) -> Reply:
+        """The whole reply when nothing has been told yet."""
+        return error_reply(error)
+
+    def broken(self, message: str) -> Reply:
+        """What ends a stream that has begun and cannot go on."""
+        raise NotImplementedError
+
+
+class OpenRequest(OpenAnswers):
+    """A prediction.
+
+    Args:
+        prediction: the request; see `OpenAnswers` for the others.
+    """
+
+    def __init__(
+        self, prediction: Prediction, engine_ids: tuple[str, ...], completions: list[Completion], signal: Signal
+    ) -> None:
+        super().__init__(engine_ids, completions, signal, prediction.stream)
+        self._form = prediction.form
+        self._many = prediction.params.n > 1
+        self._prompt_told = False
+
+    def chunk(self) -> Reply | None:
+        """Lines of JSON."""
+        (completion,) = self.completions
         deltas = completion.take()
         if not deltas:
             return None
@@ -134,19 +161,20 @@ class OpenRequest:
         if completion.error is not None:
             lines[-1] |= failed(completion.error)
         # A stream's first chunk must promise another; an answer that is complete already goes out as a whole.
-        more = True if not completion.finished else (False if self._begun else None)
-        self._begun = True
+        more = True if not completion.finished else (False if self.begun else None)
+        self.begun = True
         return Reply(b"".join(map(json_line, lines)), NDJSON, more=more)
 
-    def _whole(self) -> Reply:
+    def whole(self) -> Reply:
+        """One JSON value."""
         if self._form is Form.OBJECT:
-            return json_reply(whole(self._completions[0]))
-        texts = [delta.text for completion in self._completions for delta in completion.take()]
+            return json_reply(whole(self.completions[0]))
+        texts = [delta.text for completion in self.completions for delta in completion.take()]
         if self._form is Form.TEXT:
             return json_reply([{"generation": text} for text in texts])
         return json_reply([{"generation": {"role": "assistant", "content": text}} for text in texts])
 
-    def _broken(self, message: str) -> Reply:
+    def broken(self, message: str) -> Reply:
         """The last line of a stream that has begun."""
-        line = {"text": "", "ids": [], "finish_reason": "error", **usage(self._completions[0]), **failed(message)}
+        line = {"text": "", "ids": [], "finish_reason": "error", **usage(self.completions[0]), **failed(message)}
         return Reply(json_line(line), NDJSON, more=False)

@@ -13,6 +13,7 @@ from tpserve.engine.errors import RequestError
 from tpserve.engine.requests import KNOWN_FIELDS as REQUEST_FIELDS
 from tpserve.engine.requests import Prompt, RequestReader, check_names, read_dialog, read_prompt, read_urgency
 from tpserve.engine.sampling_params import SamplingParams
+from tpserve.handler.http import HttpRequest
 
 KNOWN_FIELDS = (*REQUEST_FIELDS, "stream", "mode")
 MODES = ("text_completion", "chat")
@@ -53,40 +54,43 @@ class Defaults:
     mode: str = "text_completion"
 
 
-def parse_request(
-    parameters: Mapping[str, Any], headers: Mapping[str, Any], defaults: Defaults, reader: RequestReader
-) -> Prediction:
-    """Reads a request as TorchServe hands it over.
+def parse_request(request: HttpRequest, defaults: Defaults, reader: RequestReader) -> Prediction:
+    """Reads a request.
 
     Args:
-        parameters: `body` (or a form's `data`): bytes, text, or JSON that TorchServe has parsed already.
-        headers: the HTTP headers, and a dict with `content-type` under each parameter's name.
+        request: as the front hands it over.
         defaults: the operator's.
         reader: of the model's fields.
 
     Raises:
         RequestError: with the field at fault.
     """
-    name = next((name for name in ("body", "data") if name in parameters), None)
-    if name is None:
+    return parse_body(readable_body(request), request.content_type, defaults, reader)
+
+
+def readable_body(request: HttpRequest) -> Any:
+    """The body.
+
+    Raises:
+        RequestError: there is none that could be read.
+    """
+    if request.body is None:
         raise RequestError(
             "the request has no body that can be read; send JSON with the header 'Content-Type: application/json'",
             field="prompt",
         )
-    about = headers.get(name)
-    content_type = str(about.get("content-type") or "") if isinstance(about, Mapping) else ""
-    return parse_body(parameters[name], content_type, defaults, reader)
+    return request.body
 
 
 def parse_body(body: Any, content_type: str, defaults: Defaults, reader: RequestReader) -> Prediction:
     """Reads one body; see `parse_request`."""
     is_json = content_type.partition(";")[0].strip().lower() == "application/json"
     if isinstance(body, bytes | bytearray | memoryview):
-        body = _decode(bytes(body))
+        body = decode(bytes(body))
         if is_json or body.lstrip().startswith(("{", "[")):
-            body, is_json = _parse_json(body), True
+            body, is_json = parse_json(body), True
     elif isinstance(body, str) and not is_json and body.lstrip().startswith(("{", "[")):
-        body, is_json = _parse_json(body), True
+        body, is_json = parse_json(body), True
     if isinstance(body, Mapping):
         return _object(body, defaults, reader)
     if isinstance(body, list):
@@ -98,14 +102,24 @@ def parse_body(body: Any, content_type: str, defaults: Defaults, reader: Request
     return Prediction(Form.TEXT, (Prompt("prompt", fields.string("prompt", body)),), _params({}, defaults, reader))
 
 
-def _decode(body: bytes) -> str:
+def decode(body: bytes) -> str:
+    """UTF-8, less a byte order mark.
+
+    Raises:
+        RequestError: it is not.
+    """
     try:
         return body.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as e:
         raise RequestError(f"the body is not UTF-8: {e.reason} at byte {e.start}") from None
 
 
-def _parse_json(text: str) -> Any:
+def parse_json(text: str) -> Any:
+    """JSON as its standard has it: no NaN, no name twice.
+
+    Raises:
+        RequestError: it is not.
+    """
     try:
         return json.loads(text.removeprefix("\ufeff"), object_pairs_hook=_unique, parse_constant=_no_constant)
     except RequestError:

@@ -6,6 +6,7 @@ import http
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+from tpserve.handler.http import HttpRequest
 from tpserve.handler.replies import Reply
 
 
@@ -22,6 +23,23 @@ class Context(Protocol):
     def set_response_status(self, code: int, phrase: str, idx: int) -> None: ...
     def set_response_content_type(self, idx: int, value: str) -> None: ...
     def set_response_header(self, idx: int, key: str, value: str) -> None: ...
+
+
+def read_request(parameters: Mapping[str, Any], headers: Mapping[str, Any]) -> HttpRequest:
+    """A request as TorchServe hands it over.
+
+    Args:
+        parameters: `body` (or a form's `data`): bytes, text, or JSON that TorchServe has parsed already.
+        headers: the HTTP headers, `url_path`, and a dict with `content-type` under each parameter's name.
+    """
+    name = next((name for name in ("body", "data") if name in parameters), None)
+    about = headers.get(name or "")
+    return HttpRequest(
+        path=str(headers.get("url_path") or "").strip("/"),
+        body=None if name is None else parameters[name],
+        content_type=str(about.get("content-type") or "") if isinstance(about, Mapping) else "",
+        headers={name.lower(): value for name, value in headers.items() if isinstance(value, str)},
+    )
 
 
 def put_reply(context: Context, index: int, reply: Reply) -> bytes:

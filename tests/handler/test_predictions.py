@@ -16,6 +16,7 @@ from tpserve.engine.requests import RequestReader
 from tpserve.engine.sampling_params import SamplingParams
 from tpserve.handler.predictions import KNOWN_FIELDS, Defaults, Form, Prediction, parse_body, parse_request
 from tpserve.handler.replies import error_reply
+from tpserve.handler.torchserve import read_request
 
 CHAT = Defaults(mode="chat")
 USER = {"role": "user", "content": "hello"}
@@ -155,8 +156,8 @@ def test_a_refused_body(body: Any, said: str) -> None:
 
 def test_a_form_without_body_says_what_to_send() -> None:
     with pytest.raises(RequestError, match="Content-Type: application/json"):
-        parse_request({}, {}, Defaults(), reader())
-    assert parse_request({"data": b"hi"}, {}, Defaults(), reader()).form is Form.TEXT
+        parse_request(read_request({}, {}), Defaults(), reader())
+    assert parse_request(read_request({"data": b"hi"}, {}), Defaults(), reader()).form is Form.TEXT
 
 
 @pytest.mark.parametrize("field", ["prompt", "dialog", "prompt_token_ids"])
