@@ -42,6 +42,8 @@ class Completion:
         tokenizer: None: ids only, text stays empty.
         prompt_text: for `echo`, if the prompt was text.
         cancel: called with the index of an answer that a stop string ended; the engine must be told.
+        continues: the answer's text is what comes after the prompt's, a space between them included; otherwise it is
+            a text of its own, whose first word has none. With `echo` it always continues.
 
     Attributes:
         params: what to ask the engine for: the user's, and log-probabilities that are needed here only.
@@ -56,6 +58,7 @@ class Completion:
         tokenizer: Tokenizer | None,
         prompt_text: str | None = None,
         cancel: Callable[[int], None] = lambda index: None,
+        continues: bool = False,
     ) -> None:
         self.params = _engine_params(params)
         self.error: str | None = None
@@ -69,10 +72,10 @@ class Completion:
         self._chooses = not self._beams and params.num_choices > params.n
         detokenizer = None if tokenizer is None else IncrementalDetokenizer(tokenizer)
         echo = ""
-        if params.echo and detokenizer is not None:
-            # The answer goes on from the prompt, so that its first word keeps the space before it.
+        if (params.echo or continues) and detokenizer is not None:
             decoded = detokenizer.push(prompt_token_ids)
-            echo = decoded if prompt_text is None else prompt_text
+            if params.echo:
+                echo = decoded if prompt_text is None else prompt_text
         num_answers = params.n if self._beams else params.num_choices
         self._answers = [
             Answer(i, params, None if detokenizer is None else detokenizer.copy(), echo) for i in range(num_answers)

@@ -125,11 +125,14 @@ class RequestReader:
         tokenizer: None: only token ids are served.
         vocab_size: of the model.
         max_seq_len: tokens of prompt and answer together.
+
+    Attributes:
+        max_seq_len: the same.
     """
 
     def __init__(self, tokenizer: Tokenizer | None, vocab_size: int, max_seq_len: int) -> None:
         self._vocabulary = Vocabulary(tokenizer, vocab_size)
-        self._max_seq_len = max_seq_len
+        self.max_seq_len = max_seq_len
         # Made at once: it looks at every piece of the vocabulary, for which no stream should have to wait.
         self._grammars = None if tokenizer is None else Grammars(tokenizer, vocab_size)
 
@@ -168,7 +171,7 @@ class RequestReader:
         """
         tokenizer, vocab_size = self._vocabulary.tokenizer, self._vocabulary.size
         assert vocab_size is not None
-        if prompt.field == "prompt_token_ids":
+        if isinstance(prompt.value, list) and prompt.value and isinstance(prompt.value[0], int):
             ids = cast(list[int], prompt.value)
         elif tokenizer is None:
             raise RequestError("this model has no tokenizer: send prompt_token_ids instead of text", field=prompt.field)
@@ -179,11 +182,11 @@ class RequestReader:
             messages = cast(list[tuple[str, str]], prompt.value)
             self._check_chars(tokenizer, prompt.field, sum(len(content.strip()) for _, content in messages))
             ids = encode_dialog(tokenizer, messages)
-        check_prompt(ids, self._max_seq_len, vocab_size, prompt.field)
+        check_prompt(ids, self.max_seq_len, vocab_size, prompt.field)
         return ids
 
     def _check_chars(self, tokenizer: Tokenizer, field: str, num_chars: int) -> None:
         # Encoding megabytes takes seconds, during which every other stream would stand still.
         at_least = num_chars // tokenizer.max_piece_chars
-        if at_least >= self._max_seq_len:
-            raise too_long(field, f"at least {at_least}", self._max_seq_len)
+        if at_least >= self.max_seq_len:
+            raise too_long(field, f"at least {at_least}", self.max_seq_len)

@@ -22,7 +22,7 @@ from tpserve.engine.sampling_params import SamplingParams
 from tpserve.engine.text.tokenizer import Tokenizer
 from tpserve.engine.trace import chrome_trace
 from tpserve.handler.http import HttpRequest, Signal
-from tpserve.handler.open_request import Deferred, OpenAnswers, OpenRequest, Pending
+from tpserve.handler.open_request import Deferred, Input, OpenAnswers, OpenRequest, Pending
 from tpserve.handler.predictions import Defaults, Prediction, parse_request
 from tpserve.handler.replies import Reply, error_reply, json_reply
 from tpserve.handler.routes import ENDPOINTS, find_endpoint
@@ -61,20 +61,6 @@ class Engine(Protocol):
     def cancel(self, request_id: str, index: int | None = None) -> None: ...
     def status(self, timeout_s: float = 5.0) -> Status: ...
     def trace(self, num_steps: int, timeout_s: float = 60.0) -> list[RankTrace]: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Input:
-    """One prompt that the engine is to go on from.
-
-    Attributes:
-        params: what the user asked for.
-        text: the prompt as it was written, if it was text: for `echo`.
-    """
-
-    token_ids: list[int]
-    params: SamplingParams
-    text: str | None = None
 
 
 class Backend:
@@ -171,7 +157,12 @@ class Backend:
         engine_ids = tuple(f"{request_id}/{i}" for i in range(len(inputs)))
         completions = [
             Completion(
-                one.token_ids, one.params, self.tokenizer, one.text, functools.partial(self.engine.cancel, engine_id)
+                one.token_ids,
+                one.params,
+                self.tokenizer,
+                one.text,
+                functools.partial(self.engine.cancel, engine_id),
+                one.continues,
             )
             for engine_id, one in zip(engine_ids, inputs, strict=True)
         ]

@@ -1,7 +1,8 @@
-"""One HTTP request while it is being answered: an inbox that the engine fills and the mailbox empties."""
+"""One HTTP request while it is being answered: what the engine gets, and an inbox that it fills and a front empties."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
 from collections import deque
@@ -12,11 +13,28 @@ from tpserve.engine.completion import Completion
 from tpserve.engine.errors import EngineError
 from tpserve.engine.protocol import RequestOutput
 from tpserve.engine.results import said, said_of_prompt, usage, whole
+from tpserve.engine.sampling_params import SamplingParams
 from tpserve.handler.http import Signal
 from tpserve.handler.predictions import Form, Prediction
 from tpserve.handler.replies import NDJSON, Reply, error_reply, failed, json_line, json_reply
 
 logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Input:
+    """One prompt that the engine is to go on from.
+
+    Attributes:
+        params: what the user asked for.
+        text: the prompt as it was written, if it was text: for `echo`.
+        continues: see `Completion`.
+    """
+
+    token_ids: list[int]
+    params: SamplingParams
+    text: str | None = None
+    continues: bool = False
 
 
 class Pending(Protocol):

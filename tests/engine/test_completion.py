@@ -163,6 +163,14 @@ def test_echo_goes_on_from_the_prompt(prompt_text: str | None) -> None:
     assert shown["choices"][0]["ids"] == ids_of("a time")
 
 
+@pytest.mark.parametrize(("continues", "text"), [(False, "a time"), (True, " a time")])
+def test_an_answer_may_continue_the_prompts_text(continues: bool, text: str) -> None:
+    ids = TOKENIZER.encode("once upon", bos=True, eos=False)
+    answer = Completion(ids, SamplingParams(), TOKENIZER, continues=continues)
+    answer.add(out(ids_of("a time"), "length"))
+    assert [delta.text for delta in answer.take()] == [text]
+
+
 def test_cumulative_logprobs_come_at_the_end() -> None:
     answer, _ = completion(cum_log_probs=True)
     answer.add(out([5, 6], logprobs=[-1.0, -0.5]))

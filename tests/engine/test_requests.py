@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.text.models import MODELS, load, tiny_model
 from tpserve.engine.errors import RequestError
 from tpserve.engine.limits import check_room, check_sequences, check_vocabulary
-from tpserve.engine.requests import KNOWN_FIELDS, RequestReader
+from tpserve.engine.requests import KNOWN_FIELDS, Prompt, RequestReader
 from tpserve.engine.sampling_fields import ALIASES, SAMPLING_FIELDS, Vocabulary, sampling_params
 from tpserve.engine.sampling_params import Guided, SamplingParams
 from tpserve.engine.text.detokenizer import IncrementalDetokenizer
@@ -244,3 +244,10 @@ def test_nothing_but_a_request_error(given: dict[str, Any], reader: RequestReade
     except RequestError:
         return
     msgspec.msgpack.encode(request.params)  # the engine must be able to send it
+
+
+def test_ids_are_ids_wherever_they_stood() -> None:
+    assert READER.encode(Prompt("prompt[1]", [3, 4])) == [3, 4]
+    with pytest.raises(RequestError, match=r"^token id 9999 is outside") as caught:
+        READER.encode(Prompt("prompt[1]", [3, 9999]))
+    assert caught.value.field == "prompt[1]"
