@@ -31,6 +31,12 @@ class Prompt:
     field: str
     value: str | list[int] | list[tuple[str, str]]
 
+    @property
+    def dialog(self) -> list[tuple[str, str]] | None:
+        """The pairs, if it is a dialog."""
+        is_dialog = isinstance(self.value, list) and bool(self.value) and isinstance(self.value[0], tuple)
+        return cast(list[tuple[str, str]], self.value) if is_dialog else None
+
 
 @dataclasses.dataclass(frozen=True)
 class GenerateRequest:
@@ -172,7 +178,7 @@ class RequestReader:
         tokenizer, vocab_size = self._vocabulary.tokenizer, self._vocabulary.size
         assert vocab_size is not None
         if isinstance(prompt.value, list) and prompt.value and isinstance(prompt.value[0], int):
-            ids = cast(list[int], prompt.value)
+            ids = prompt.value
         elif tokenizer is None:
             raise RequestError("this model has no tokenizer: send prompt_token_ids instead of text", field=prompt.field)
         elif isinstance(prompt.value, str):

@@ -17,10 +17,11 @@ from tpserve.engine.errors import EngineError, RequestError, TpserveError
 from tpserve.engine.fields import shown
 from tpserve.engine.metrics import CONTENT_TYPE, EngineMetrics
 from tpserve.engine.protocol import RankTrace, Ready, RequestOutput, Status
-from tpserve.engine.requests import RequestReader
+from tpserve.engine.requests import Prompt, RequestReader
 from tpserve.engine.sampling_params import SamplingParams
 from tpserve.engine.text.tokenizer import Tokenizer
 from tpserve.engine.trace import chrome_trace
+from tpserve.handler.chat_template import ChatTemplate, default_template
 from tpserve.handler.http import HttpRequest, Signal
 from tpserve.handler.open_request import Deferred, Input, OpenAnswers, OpenRequest, Pending
 from tpserve.handler.predictions import Defaults, Prediction, parse_request
@@ -73,6 +74,7 @@ class Backend:
         defaults: the operator's, for requests that do not say.
         signal: set whenever a request that `open` opened has something new.
         model_name: what users call the model.
+        chat_template: None: Llama-2's, if there is a tokenizer.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class Backend:
         defaults: Defaults,
         signal: threading.Event,
         model_name: str = "llama",
+        chat_template: ChatTemplate | None = None,
     ) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
@@ -90,6 +93,8 @@ class Backend:
         self.defaults = defaults
         self.signal = signal
         self.model_name = model_name
+        template = chat_template or default_template(tokenizer)
+        self.chat_template = None if template is None else template.within(reader.max_seq_len)
         self.started_s = int(time.time())
 
     def open(
@@ -134,6 +139,17 @@ class Backend:
         except Exception as e:  # whatever it is, it is this request's alone
             logger.exception("request %s", request_id)
             return error_reply(e)
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt; dialogs go through the model's chat template.
+
+        Raises:
+            RequestError: names the prompt's field.
+        """
+        if self.chat_template is not None and prompt.dialog is not None:
+            messages = [{"role": role, "content": content} for role, content in prompt.dialog]
+            prompt = Prompt(prompt.field, self.chat_template.encode(messages, prompt.field))
+        return self.reader.encode(prompt)
 
     def submit(
         self,
@@ -208,9 +224,7 @@ class Backend:
 
     def _predict(self, request_id: str, prediction: Prediction, signal: Signal, stream: bool) -> OpenRequest:
         inputs = [
-            Input(
-                self.reader.encode(prompt), prediction.params, prompt.value if isinstance(prompt.value, str) else None
-            )
+            Input(self.encode(prompt), prediction.params, prompt.value if isinstance(prompt.value, str) else None)
             for prompt in prediction.prompts
         ]
         if not stream:

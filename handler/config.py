@@ -12,11 +12,13 @@ from tpserve.engine.config import EngineConfig, unknown_key
 from tpserve.engine.errors import ConfigError, RequestError
 from tpserve.engine.sampling_fields import SAMPLING_FIELDS, sampling_params
 from tpserve.engine.sampling_params import SamplingParams
+from tpserve.engine.text.tokenizer import Tokenizer
+from tpserve.handler.chat_template import LLAMA2, LLAMA3, ChatTemplate, default_template
 from tpserve.handler.predictions import MODES, Defaults
 
 # The old example's names for what the engine calls otherwise.
 _ALIASES = {"converted_ckpt_dir": "checkpoint_dir", "max_batch_size": "max_num_seqs"}
-_OWN_KEYS = ("tokenizer_path", "model_args_path", *SAMPLING_FIELDS, "manual_seed", "mode")
+_OWN_KEYS = ("tokenizer_path", "model_args_path", *SAMPLING_FIELDS, "manual_seed", "mode", "chat_template")
 KNOWN_KEYS = (*_ALIASES, *_OWN_KEYS, *EngineConfig.field_names())
 
 
@@ -28,6 +30,7 @@ class HandlerConfig:
         engine: of the rank group.
         defaults: for requests that do not say.
         tokenizer: a SentencePiece model; None: the checkpoint folder's own.
+        chat_template: see `ChatTemplate.load`; None: the yaml does not say.
         continuous_batching: TorchServe calls us as a mailbox; without it, in whole batches.
         device_ids: GPUs that the yaml names for this model.
         launched_by_torchserve: `parallelType` lets TorchServe start the processes and hand out the GPUs.
@@ -36,6 +39,7 @@ class HandlerConfig:
     engine: EngineConfig
     defaults: Defaults
     tokenizer: Path | None = None
+    chat_template: str | Path | None = None
     continuous_batching: bool = False
     device_ids: tuple[int, ...] = ()
     launched_by_torchserve: bool = False
@@ -62,10 +66,23 @@ class HandlerConfig:
             engine=_engine(given, yaml, model_dir),
             defaults=_defaults(given),
             tokenizer=_tokenizer(given, model_dir),
+            chat_template=_chat_template(given, model_dir),
             continuous_batching=yaml.get("continuousBatching") is True,
             device_ids=tuple(yaml.get("deviceIds") or ()),
             launched_by_torchserve="parallelType" in yaml,
         )
+
+    def load_chat_template(self, tokenizer: Tokenizer | None) -> ChatTemplate | None:
+        """The model's chat template; None without a tokenizer.
+
+        Raises:
+            ConfigError: the yaml names one that cannot be served.
+        """
+        if self.chat_template is None:
+            return default_template(tokenizer)
+        if tokenizer is None:
+            raise ConfigError("handler: chat_template: this model has no tokenizer")
+        return ChatTemplate.load(self.chat_template, tokenizer)
 
     def visible_devices(self, gpu_id: int | None, already_visible: str | None) -> str | None:
         """CUDA_VISIBLE_DEVICES for the ranks: the yaml's GPUs, else those from the worker's own on.
@@ -145,3 +162,15 @@ def _tokenizer(given: Mapping[str, Any], model_dir: Path) -> Path | None:
         raise ConfigError(f"handler: tokenizer_path must be a path, got {name!r}")
     path = model_dir / name
     return path if path.is_file() else None
+
+
+def _chat_template(given: Mapping[str, Any], model_dir: Path) -> str | Path | None:
+    name = given.get("chat_template")
+    if name is None or name in (LLAMA2, LLAMA3):
+        return name
+    if not isinstance(name, str) or not name.endswith(".jinja"):
+        raise ConfigError(f"handler: chat_template must be {LLAMA2}, {LLAMA3} or a .jinja file, got {name!r}")
+    path = model_dir / name
+    if not path.is_file():
+        raise ConfigError(f"handler: chat_template: {path} does not exist")
+    return path

@@ -56,11 +56,12 @@ class Service:
             os.environ["CUDA_VISIBLE_DEVICES"] = visible
         client = EngineClient(config.engine)
         tokenizer = _tokenizer(config)
+        template = config.load_chat_template(tokenizer)
         info = client.start()
         atexit.register(client.close)
         logger.info("serving %s: %s", config.engine.checkpoint_dir, info)
         reader = RequestReader(tokenizer, client.checkpoint.args.vocab_size, info.max_seq_len)
-        backend = Backend(client, tokenizer, reader, config.defaults, threading.Event())
+        backend = Backend(client, tokenizer, reader, config.defaults, threading.Event(), chat_template=template)
         if config.continuous_batching:
             return cls(Mailbox(backend).handle)
         return cls(lambda data, context: handle_batch(backend, data, context))

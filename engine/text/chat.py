@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tpserve.engine.errors import RequestError
-from tpserve.engine.text.tokenizer import Tokenizer
+from tpserve.engine.text.tokenizer import TextEncoder
 
 B_INST, E_INST = "[INST]", "[/INST]"
 B_SYS, E_SYS = "<<SYS>>", "<</SYS>>"
@@ -44,7 +44,7 @@ def check_dialog(dialog: object, field: str = "dialog") -> list[tuple[str, str]]
     return messages
 
 
-def encode_dialog(tokenizer: Tokenizer, messages: Sequence[tuple[str, str]]) -> list[int]:
+def encode_dialog(tokenizer: TextEncoder, messages: Sequence[tuple[str, str]]) -> list[int]:
     """Token ids of a dialog that `check_dialog` passed."""
     turns = [content for _, content in messages]
     if messages[0][0] == "system":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from pathlib import Path
+from typing import Protocol
 
 import sentencepiece
 
@@ -23,6 +24,27 @@ class PieceKind(enum.IntEnum):
     BYTE = 1
     INVISIBLE = 2  # control pieces: BOS, EOS
     UNKNOWN = 3
+
+
+class TextEncoder(Protocol):
+    """The part of a tokenizer that templates need.
+
+    Attributes:
+        bos_id, eos_id: -1 in a model without one.
+        max_piece_chars: no token is made from more characters.
+    """
+
+    @property
+    def bos_id(self) -> int: ...
+    @property
+    def eos_id(self) -> int: ...
+    @property
+    def max_piece_chars(self) -> int: ...
+    def encode(self, text: str, bos: bool, eos: bool) -> list[int]:
+        """Text to ids; never to a control token's, whatever the text is."""
+
+    def special_id(self, name: str) -> int | None:
+        """A control token's id; None: there is none of this name."""
 
 
 class Tokenizer:
@@ -76,6 +98,11 @@ class Tokenizer:
         """Text to ids, with BOS before and EOS after where asked."""
         ids: list[int] = self._sp.encode(text)
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
+
+    def special_id(self, name: str) -> int | None:
+        """A control token's id; None: there is none of this name."""
+        token_id: int = self._sp.piece_to_id(name)
+        return token_id if self._sp.is_control(token_id) else None
 
     def decode(self, ids: list[int]) -> str:
         """Ids to text; control ids contribute nothing."""
