@@ -54,6 +54,41 @@ def demo(tensor_parallel_size: int = 2, checkpoint: str | None = None) -> None:
     run(tensor_parallel_size, checkpoint)
 
 
+_TEXTS = ("host", "served_model_name", "api_key", "api_key_file", "allowed_origins", "ssl_certfile", "ssl_keyfile",
+          "ssl_ca_certs")  # fmt: skip
+
+
+# What looks like a number or a list stays what was typed.
+@fire.decorators.SetParseFns(str, **dict.fromkeys(_TEXTS, str))  # type: ignore[untyped-decorator]
+def serve(checkpoint: str, tp: int | None = None, **options: Any) -> None:
+    """Serves a converted checkpoint over HTTP: predictions, the OpenAI and Triton protocols, and a chat page at /.
+
+    Args:
+        checkpoint: folder written by `tpserve convert`.
+        tp: tensor-parallel size; default 1.
+        options: host, port, served_model_name, api_key (several with commas, or repeated), api_key_file,
+            allowed_origins, ssl_certfile, ssl_keyfile, ssl_ca_certs, max_request_bytes, max_connections,
+            request_timeout_s, drain_timeout_s, access_log; and every key of a yaml's `handler:` section, such as
+            max_seq_len, max_num_seqs, temperature, max_new_tokens; see tpserve.handler.front_config.FrontConfig.
+    """
+    from tpserve.handler.front import serve
+
+    serve(checkpoint, tp, lambda line: print(line, flush=True), **options)
+
+
+def _join_repeated(arguments: list[str], name: str) -> list[str]:
+    """The arguments with `--name a … --name b` as one `--name=a,b`: fire would keep the last."""
+    rest, values = [], []
+    left = iter(arguments)
+    for argument in left:
+        option, equals, value = argument.partition("=")
+        if option.replace("-", "_") == f"__{name}":
+            values.append(value if equals else next(left, ""))
+        else:
+            rest.append(argument)
+    return [*rest, f"--{name}={','.join(values)}"] if values else rest
+
+
 def main() -> None:
     """Entry point of the `tpserve` command."""
     from tpserve.convert.errors import ConvertError
@@ -61,7 +96,8 @@ def main() -> None:
     from tpserve.model.checkpoint import CheckpointError
 
     try:
-        fire.Fire({"convert": convert, "archive": archive, "demo": demo}, name="tpserve")
+        commands = {"convert": convert, "archive": archive, "demo": demo, "serve": serve}
+        fire.Fire(commands, _join_repeated(sys.argv[1:], "api_key"), name="tpserve")
     except (TpserveError, ConvertError, ModelArgsError, CheckpointError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
