@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from tpserve.handler.http import HttpRequest, Signal
 from tpserve.handler.open_request import Pending
+from tpserve.handler.openai import chat, completions, utilities
 from tpserve.handler.replies import Reply
 
 if TYPE_CHECKING:
@@ -22,7 +23,17 @@ class Endpoint(Protocol):
 
 
 # Paths as in `HttpRequest`; one that ends in a slash stands for all below it.
-ENDPOINTS: Mapping[str, Endpoint] = {}
+ENDPOINTS: Mapping[str, Endpoint] = {
+    "v1/": utilities.unknown,
+    "v1/chat/completions": chat.chat_completions,
+    "v1/completions": completions.completions,
+    "v1/models": utilities.models,
+    "v1/models/": utilities.models,
+    "tokenize": utilities.tokenize,
+    "detokenize": utilities.detokenize,
+    "version": utilities.version,
+    "openapi.json": utilities.document,
+}
 
 
 def find_endpoint(path: str) -> Endpoint | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -14,6 +15,8 @@ from tpserve.engine.fields import shown
 from tpserve.handler.http import HttpRequest
 from tpserve.handler.openai.errors import ModelNotFoundError
 from tpserve.handler.predictions import decode, parse_json
+
+_DICT = re.compile(r"a valid dictionary( or instance of \w+)?")
 
 M = TypeVar("M", bound=pydantic.BaseModel)
 
@@ -27,7 +30,7 @@ def read_body(request: HttpRequest, schema: type[M], model_name: str) -> tuple[M
     given = _object(request.body)
     _check_finite(given)
     try:
-        checked = schema.model_validate(given)
+        checked = schema.model_validate(dict(given))
     except pydantic.ValidationError as e:
         raise _refusal(given, e.errors(include_url=False)) from None
     except RecursionError:
@@ -70,7 +73,11 @@ def _refusal(given: Mapping[str, Any], errors: Sequence[ErrorDetails]) -> Reques
     depth, field, first = max(((*_place(given, error), error) for error in errors), key=lambda found: found[0])
     if first["type"] == "missing":
         return RequestError(f"{field} is missing", field=field)
-    said = [e["msg"] for e in errors if _place(given, e) == (depth, field) and e["type"] != "none_required"]
+    said = [
+        _DICT.sub("a JSON object", e["msg"])
+        for e in errors
+        if _place(given, e) == (depth, field) and e["type"] != "none_required"
+    ]
     rules = " or ".join(dict.fromkeys(said)) or "must be null"
     return RequestError(f"{field}: {rules}, got {shown(first['input'])}", field=field)
 

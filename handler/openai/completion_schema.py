@@ -9,6 +9,7 @@ from pydantic import Field, WithJsonSchema
 from tpserve.handler.openai.chat_schema import Message
 from tpserve.handler.openai.sampling_schema import Request, Schema
 
+MAX_PROMPTS = 256  # encoding them is done while others wait
 _IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
 # Read by hand: a union's every branch would look at each of a hundred thousand ids, and name them all.
 Prompts = Annotated[
@@ -17,9 +18,9 @@ Prompts = Annotated[
         {
             "anyOf": [
                 {"type": "string"},
-                {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": 256},
+                {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MAX_PROMPTS},
                 _IDS,
-                {"type": "array", "items": _IDS, "minItems": 1, "maxItems": 256},
+                {"type": "array", "items": _IDS, "minItems": 1, "maxItems": MAX_PROMPTS},
             ],
         }
     ),
