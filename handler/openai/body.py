@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import pydantic
-from pydantic_core import ErrorDetails
 
 from tpserve.engine.errors import RequestError
 from tpserve.engine.fields import shown
@@ -68,7 +67,7 @@ def _check_finite(given: Mapping[str, Any]) -> None:
             raise RequestError(f"{shown(where)[1:-1]} must be finite, got {value}", field=shown(where)[1:-1])
 
 
-def _refusal(given: Mapping[str, Any], errors: Sequence[ErrorDetails]) -> RequestError:
+def _refusal(given: Mapping[str, Any], errors: Sequence[Any]) -> RequestError:
     """Of all that a union's branches say, what the one says that came the farthest."""
     depth, field, first = max(((*_place(given, error), error) for error in errors), key=lambda found: found[0])
     if first["type"] == "missing":
@@ -82,7 +81,7 @@ def _refusal(given: Mapping[str, Any], errors: Sequence[ErrorDetails]) -> Reques
     return RequestError(f"{field}: {rules}, got {shown(first['input'])}", field=field)
 
 
-def _place(given: Mapping[str, Any], error: ErrorDetails) -> tuple[int, str]:
+def _place(given: Mapping[str, Any], error: Any) -> tuple[int, str]:
     """How deep in the request an error is, and where; a location also names the branches of unions."""
     value: Any = given
     depth, where = 0, ""
