@@ -12,18 +12,16 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from tpserve.engine.client import EngineClient
-from tpserve.engine.errors import ConfigError, EngineError, TpserveError
-from tpserve.engine.requests import RequestReader
-from tpserve.engine.text.tokenizer import Tokenizer, TokenizerError
+from tpserve.engine.errors import EngineError, TpserveError
 from tpserve.handler.api_keys import ApiKeys
 from tpserve.handler.asgi import Front, access, make_app
 from tpserve.handler.backend import Backend
 from tpserve.handler.front_config import FrontConfig
 from tpserve.handler.http_server import Server, listen, make_server
+from tpserve.handler.service import start_backend
 
 _POLL_S = 0.05
 _LAST_WORDS_S = 2.0  # for errors to be sent when the time to drain is over
@@ -85,13 +83,14 @@ class _Serving:
         url = _url(listening, self._config)
         # A thread of its own: should the engine never come up, nobody waits for it.
         threading.Thread(target=self._start, args=(loop, url), name="tpserve-start", daemon=True).start()
+        failure: str | None = None
         try:
             while not (self._stopping.is_set() or http.done()):
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._stopping.wait(), 4 * _POLL_S)
-                if self._client.failure is not None:
+                failure = None if self._front.backend is None else self._client.failure  # `_start` has an earlier one
+                if failure is not None:
                     break
-            failure = self._client.failure
             await self._drain()
         finally:
             self._server.should_exit = True
@@ -130,7 +129,7 @@ class _Serving:
     def _start(self, loop: asyncio.AbstractEventLoop, url: str) -> None:
         backend: Backend | None = None
         try:
-            backend = _start_backend(self._config, self._client)
+            backend = start_backend(self._config.handler, self._client, self._config.model_name)
         except TpserveError as e:
             self._start_error = e
         except Exception as e:
@@ -145,24 +144,6 @@ class _Serving:
             return
         self._front.backend = backend
         self._announce(f"serving {self._config.model_name} at {url}")
-
-
-def _start_backend(config: FrontConfig, client: EngineClient) -> Backend:
-    tokenizer = _tokenizer(config)
-    info = client.start()
-    logger.info("serving %s: %s", config.handler.engine.checkpoint_dir, info)
-    # Made here and not in the loop: it looks at every piece of the vocabulary.
-    reader = RequestReader(tokenizer, client.checkpoint.args.vocab_size, info.max_seq_len)
-    return Backend(client, tokenizer, reader, config.handler.defaults, threading.Event(), config.model_name)
-
-
-def _tokenizer(config: FrontConfig) -> Tokenizer | None:
-    try:
-        if config.handler.tokenizer is not None:
-            return Tokenizer(config.handler.tokenizer)
-        return Tokenizer.from_checkpoint(Path(config.handler.engine.checkpoint_dir))
-    except TokenizerError as e:
-        raise ConfigError(str(e)) from None
 
 
 def _url(listening: socket.socket, config: FrontConfig) -> str:

@@ -55,16 +55,31 @@ class Service:
         if visible is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = visible
         client = EngineClient(config.engine)
-        tokenizer = _tokenizer(config)
-        template = config.load_chat_template(tokenizer)
-        info = client.start()
+        backend = start_backend(config, client)
         atexit.register(client.close)
-        logger.info("serving %s: %s", config.engine.checkpoint_dir, info)
-        reader = RequestReader(tokenizer, client.checkpoint.args.vocab_size, info.max_seq_len)
-        backend = Backend(client, tokenizer, reader, config.defaults, threading.Event(), chat_template=template)
         if config.continuous_batching:
             return cls(Mailbox(backend).handle)
         return cls(lambda data, context: handle_batch(backend, data, context))
+
+
+def start_backend(config: HandlerConfig, client: EngineClient, model_name: str = "llama") -> Backend:
+    """Starts an engine and returns what serves from it, whichever front it is for.
+
+    Args:
+        config: of the model.
+        client: not started.
+        model_name: what users call the model.
+
+    Raises:
+        ConfigError: the model cannot be served so.
+        EngineError: the engine did not come up.
+    """
+    tokenizer = _tokenizer(config)
+    template = config.load_chat_template(tokenizer)
+    info = client.start()
+    logger.info("serving %s: %s", config.engine.checkpoint_dir, info)
+    reader = RequestReader(tokenizer, client.checkpoint.args.vocab_size, info.max_seq_len)
+    return Backend(client, tokenizer, reader, config.defaults, threading.Event(), model_name, template)
 
 
 def _idle(data: Sequence[Mapping[str, Any]], _context: Context) -> list[bytes]:
