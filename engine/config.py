@@ -43,7 +43,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         num_kv_blocks: size of the KV cache in blocks; None: from kv_cache_bytes or gpu_memory_utilization.
         kv_cache_bytes: KV cache of one rank in bytes; None: on a CPU enough for max_num_seqs sequences of max_seq_len,
             at most 1 GiB; on CUDA by gpu_memory_utilization.
-        fused_kernels: compute with kernels of our own where there are any for the device, the type and the model.
+        fused_kernels: compute with kernels of our own where there are any for the device, the type and the model; on a
+            CPU: compile the decode step of a single sequence (with `cuda_graphs`, at tensor-parallel size 1).
         cuda_graphs: launch a decode step as one graph.
         gpu_memory_utilization: fraction of the device's memory that weights, activations and KV cache may fill.
         start_timeout_s: from launch to ready.

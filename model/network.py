@@ -1,6 +1,7 @@
 """A step's network as the engine calls it: from the state of its rows to logits, by the best way this machine has.
 
 - `PlainNetwork`: `Llama.forward` with `PagedAttention`, on any device and in any type.
+- `CompiledNetwork`: the same, and a compiled step for a single sequence on a CPU.
 - `FusedNetwork`: bfloat16 on Hopper GPUs: CUDA graphs for steps that only decode, fused kernels for the others.
 
 Shape suffixes: T tokens of the step, R rows of the batch state, L positions, B blocks of a table, N rows whose logits
@@ -11,16 +12,24 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import logging
+import time
 from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 
 from tpserve.model.attention import PagedAttention, SequenceSlice
+from tpserve.model.compiled import CompiledDecoder
 from tpserve.model.decoder import FusedDecoder
 from tpserve.model.kv_cache import PagedKVCache
 from tpserve.model.llama import Llama
 from tpserve.model.parallel import TensorParallel
+
+# Smaller models stay in the processor's caches, and a step is made of launches.
+WORTH_COMPILING_BYTES = 64 << 20
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +94,36 @@ class PlainNetwork:
 
     def close(self) -> None:
         """Nothing."""
+
+
+class CompiledNetwork(PlainNetwork):
+    """As `PlainNetwork`; a step of one token of one sequence is compiled.
+
+    Attributes:
+        num_compiled_steps: that the compiled functions made.
+    """
+
+    def __init__(self, model: Llama, cache: PagedKVCache, tokens_RL: torch.Tensor, tables_RB: torch.Tensor) -> None:
+        super().__init__(model, cache, tokens_RL, tables_RB)
+        self._decoder = CompiledDecoder(model, cache, tokens_RL, tables_RB)
+        self.num_compiled_steps = 0
+
+    def __call__(self, inputs: StepInputs) -> torch.Tensor:
+        """See `Network`."""
+        if self._decoder.ready and not inputs.prefills and len(inputs.decode_lens) == 1:
+            self.num_compiled_steps += 1
+            return self._decoder(inputs.rows_T, inputs.positions_T, inputs.decode_lens[0])
+        return super().__call__(inputs)
+
+    def warm_up(self) -> None:
+        """Compiles; torch keeps the result on disk, and the next start takes a few seconds less."""
+        started_s = time.monotonic()
+        try:
+            self._decoder.compile()
+        except RuntimeError as e:  # a compiler without its headers, a full disk: slower, and nothing else
+            logger.warning("decode steps are not compiled: %.300s", " ".join(str(e).split()))
+        else:
+            logger.info("compiled the decode step of one sequence in %.1f s", time.monotonic() - started_s)
 
 
 class FusedNetwork:
@@ -175,7 +214,10 @@ def choose_network(
     fused: bool,
     graphs: bool,
 ) -> Network:
-    """The fused network where it is wanted and this machine, type and shape have it, else the plain one."""
+    """The fastest network that is wanted and that this machine, type and shape have."""
     if fused and importlib.util.find_spec("triton") and FusedDecoder.supports(model, tokens_RL.device):
         return FusedNetwork(model, cache, tokens_RL, tables_RB, tp, max_num_seqs=max_num_seqs, graphs=graphs)
+    large = sum(weight.nbytes for weight in model.parameters()) >= WORTH_COMPILING_BYTES
+    if fused and graphs and large and tp.size == 1 and CompiledDecoder.supports(model, cache, tables_RB.shape[1]):
+        return CompiledNetwork(model, cache, tokens_RL, tables_RB)
     return PlainNetwork(model, cache, tokens_RL, tables_RB)
