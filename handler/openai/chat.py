@@ -36,9 +36,6 @@ def chat_completions(
     if asked.top_logprobs is not None and not asked.logprobs:
         raise RequestError("top_logprobs needs logprobs: true", field="top_logprobs")
     tools = Tools.of(asked)
-    told = tools.prompt()
-    check_unicode("tools", told or "")
-    ids = encode_messages(backend, asked.messages, told)
     own: dict[str, Any] = {name: given[name] for name in ("max_tokens", "max_completion_tokens") if name in given}
     if asked.logprobs:
         own["logprobs"] = asked.top_logprobs or 0
@@ -47,8 +44,12 @@ def chat_completions(
     if schema is not None:
         own["guided_json"] = schema
         guided_by = "tools" if tools.forced else "response_format"
-    params = read_params(backend, given, own, backend.reader.max_seq_len - len(ids), guided_by)
+    # The context's end stops an answer whose length nobody limits.
+    params = read_params(backend, given, own, backend.reader.max_seq_len, guided_by)
     priority, timeout_s = read_urgency(given)
+    told = tools.prompt()
+    check_unicode("tools", told or "")
+    ids = encode_messages(backend, asked.messages, told)
     head = head_of(backend, f"chatcmpl-{request_id}", asked, params.n, stream)
     form = ChatForm(ids, tools, bool(asked.logprobs), params.prompt_logprobs)
     tokenizer = backend.tokenizer

@@ -32,6 +32,8 @@ def error_body(status: int, message: str, field: str | None = None, code: str | 
         code: for programs; None: the status's own, if it has one.
     """
     kind = "invalid_request_error" if status < 500 else "server_error"
+    if field is not None and field not in message:
+        message = f"{field}: {message}"
     return {"error": {"message": message, "type": kind, "param": field, "code": code or _CODES.get(status)}}
 
 
