@@ -9,6 +9,7 @@ from tpserve.handler.http import HttpRequest, Signal
 from tpserve.handler.open_request import Pending
 from tpserve.handler.openai import chat, completions, utilities
 from tpserve.handler.replies import Reply
+from tpserve.handler.triton import endpoints as triton
 
 if TYPE_CHECKING:
     from tpserve.handler.backend import Backend
@@ -33,6 +34,10 @@ ENDPOINTS: Mapping[str, Endpoint] = {
     "detokenize": utilities.detokenize,
     "version": utilities.version,
     "openapi.json": utilities.document,
+    "v2": triton.server,
+    "v2/health/live": triton.live,
+    "v2/health/ready": triton.ready,
+    "v2/models/": triton.models,
 }
 
 
