@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from typing import Any
 
@@ -9,8 +10,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tests.handler.fakes import FakeEngine, tokenizer
-from tests.handler.frontend import ids_of
+from tests.handler.fakes import FakeEngine, body, tokenizer
+from tests.handler.frontend import Frontend, ids_of
 from tests.handler.triton.asking import HELLO, Asking, content, events, taken
 from tpserve.engine.errors import OverloadedError
 from tpserve.engine.requests import RequestReader
@@ -31,9 +32,9 @@ def asking() -> Asking:
     return Asking()
 
 
-def params(body: dict[str, Any]) -> SamplingParams:
+def params(given: dict[str, Any]) -> SamplingParams:
     asking = Asking()
-    asking.open(GENERATE, {**HELLO, **body})
+    asking.open(GENERATE, {**HELLO, **given})
     return asking.params()
 
 
@@ -249,6 +250,23 @@ def test_a_model_without_tokenizer() -> None:
     assert "no tokenizer" in bare.refusal(GENERATE, HELLO)
     biased = {"input_ids": [5], "embedding_bias_words": ["a"], "embedding_bias_weights": [1]}
     assert "no tokenizer: embedding_bias_words" in bare.refusal(GENERATE, biased)
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda b: b, lambda b: json.dumps(b).encode(), lambda b: bytearray(json.dumps(b), "utf-8")]
+)
+def test_through_torchserve(frontend: Frontend, engine: FakeEngine, wrap: Any) -> None:
+    frontend.call({"a": body(wrap(HELLO), url_path=f"/{STREAM}"), "b": body(wrap({}), url_path=GENERATE)})
+    assert (frontend.status["b"], frontend.lines("b")) == (400, [{"error": "the request has no text_input"}])
+    engine.say("a/0", CAT[:1])
+    frontend.call()
+    engine.say("a/0", CAT[1:], "stop")
+    frontend.call()
+    assert frontend.status["a"] == 200
+    assert [json.loads(line[6:])["text_output"] for line in frontend.bodies["a"].split(b"\n\n") if line] == [
+        "the",
+        " cat",
+    ]
 
 
 ANY_JSON = st.recursive(
