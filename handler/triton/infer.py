@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tpserve.engine import fields
 from tpserve.engine.errors import RequestError
+from tpserve.engine.requests import URGENCY_FIELDS
 from tpserve.handler.http import HttpRequest
 from tpserve.handler.predictions import decode, parse_json, readable_body
 from tpserve.handler.triton.fields import LOG_PROBS, Inference, read_inference
@@ -60,6 +61,9 @@ def read_infer(request: HttpRequest, backend: Backend) -> InferRequest:
     all_binary = fields.boolean("binary_data_output", parameters.pop("binary_data_output", False))
     shared = _shared(parameters)
     tensors = _tensors(given.get("inputs"), binary)
+    for name in URGENCY_FIELDS:
+        if name in tensors:
+            raise RequestError(f"{name} is the whole request's, not a prompt's; send it in parameters", field=name)
     for name in shared:
         if name in tensors:
             raise RequestError(f"{fields.shown(name)} is given twice: in parameters, too", field="parameters")

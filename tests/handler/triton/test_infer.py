@@ -174,6 +174,7 @@ def also(**other: Any) -> dict[str, Any]:
         (also(name="max_tokens", data=[2**31]), "max_tokens must hold INT32"),
         (also(name="max_tokens", data=[True]), "max_tokens must be an integer"),
         (also(name="top_p", datatype="FP32", data=["x"]), "top_p must be a number"),
+        (also(name="timeout_s", data=[1]), "timeout_s is the whole request's"),
         (also(name="top_pp", data=[1]), "did you mean 'top_p'"),
         (also(name="stream", datatype="BOOL", data=[True]), "generate_stream"),
         (also(name="prompt_embedding_table", data=[1]), "prompt_embedding_table is not served"),
