@@ -6,10 +6,13 @@ import asyncio
 import json
 import logging
 import socket
+import ssl
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -302,9 +305,12 @@ def test_the_access_log(guarded: Web, caplog: pytest.LogCaptureFixture) -> None:
     headers = {"Authorization": "Bearer secret-1", "X-Request-ID": "mine-7"}
     with caplog.at_level(logging.INFO, "tpserve.access"):
         answer = guarded.ask("PUT", PREDICT + "/?token=private", {"prompt": "personal", "top_p": 7}, headers)
-        wait_for(lambda: bool(caplog.records))
+        # It is written when the answer has been sent: an earlier test's may come as late as this.
+        wait_for(lambda: "mine-7" in caplog.text)
     assert answer.headers["x-request-id"] == "mine-7"
-    (line,) = [json.loads(record.message) for record in caplog.records]
+    assert "secret" not in caplog.text
+    lines = [json.loads(record.message) for record in caplog.records]
+    (line,) = [line for line in lines if line["request_id"] == "mine-7"]
     assert line.pop("duration_ms") >= 0
     assert line.pop("time").endswith("Z")
     assert line == {
@@ -384,3 +390,22 @@ def test_what_is_cut_off_says_so() -> None:
 
 async def _fail_all(web: Web) -> None:
     web.front.fail_all("the server is shutting down")
+
+
+def test_https_for_those_who_have_a_certificate(tmp_path: Path) -> None:
+    made = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
+    cert, key = str(tmp_path / "cert"), str(tmp_path / "key")
+    files = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", cert]
+    subprocess.run(["openssl", *made.split(), *files], check=True, capture_output=True)
+    question = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+    context = ssl.create_default_context(cafile=cert)
+    context.maximum_version = ssl.TLSVersion.TLSv1_2  # where it is the server who may choose badly
+    with serving(ssl_certfile=cert, ssl_keyfile=key, ssl_ca_certs=cert) as web:
+        with web.raw("") as plain, pytest.raises((ssl.SSLError, ConnectionResetError)):
+            context.wrap_socket(plain, server_hostname="127.0.0.1")
+        context.load_cert_chain(cert, key)
+        with web.raw("") as plain, context.wrap_socket(plain, server_hostname="127.0.0.1") as known:
+            name, *_ = known.cipher() or ("",)
+            assert name.startswith("ECDHE") and ("GCM" in name or "CHACHA20" in name)  # noqa: PT018
+            known.sendall(question)
+            assert known.recv(15) == b"HTTP/1.1 200 OK"
