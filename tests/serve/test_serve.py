@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -83,7 +84,7 @@ def test_the_front_has_no_torch(served: Served) -> None:
 def test_sigterm_lets_streams_end_for_a_time(start: Start) -> None:
     served = start("--drain_timeout_s", "3", *ROOMY)
     served.wait_until_ready()
-    length, endless = 300, {**LONG, "max_new_tokens": 15000}
+    length, endless = 100, {**LONG, "max_new_tokens": 15000}
     with ThreadPoolExecutor() as pool, served.request("POST", PREDICT, endless) as endless_response:
         assert endless_response.readline()
         whole = pool.submit(served.ask, "POST", PREDICT, {**endless, "stream": False})
@@ -116,6 +117,18 @@ def test_a_second_signal_does_not_wait(start: Start) -> None:
         served.signal(signal.SIGTERM)
         assert served.wait() == 128 + signal.SIGTERM
         assert time.monotonic() - signalled_s < 5
+
+
+def test_an_engine_that_has_given_up_ends_the_process(start: Start) -> None:
+    served = start("--max_restarts", "0", *ROOMY)
+    served.wait_until_ready()
+    with served.request("POST", PREDICT, {**LONG, "max_new_tokens": 15000}) as response:
+        lines = [response.readline()]
+        os.kill(served.pids[-1], signal.SIGKILL)  # a rank
+        lines += response.readlines()
+    assert json.loads(lines[-1])["finish_reason"] == "error"
+    assert served.wait() == 2
+    assert "error: the engine has given up: the rank group ended" in served.log.read_text()
 
 
 def test_what_cannot_be_served_is_an_error_at_once(checkpoint: Path, tmp_path: Path) -> None:
