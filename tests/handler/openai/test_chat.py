@@ -31,7 +31,15 @@ def test_a_whole_answer() -> None:
 
 def test_what_holds_when_nothing_is_said() -> None:
     operators = SamplingParams(
-        temperature=0.1, top_p=0.2, n=2, best_of=4, logprobs=3, echo=True, repetition_penalty=1.5, max_new_tokens=9
+        temperature=0.1,
+        top_p=0.2,
+        n=2,
+        best_of=4,
+        beam_width=3,
+        logprobs=3,
+        echo=True,
+        repetition_penalty=1.5,
+        max_new_tokens=9,
     )
     client = Client(Defaults(operators))
     client.ask(CHAT, HELLO)
@@ -39,6 +47,9 @@ def test_what_holds_when_nothing_is_said() -> None:
     assert params == SamplingParams(temperature=1.0, top_p=1.0, repetition_penalty=1.5, max_new_tokens=MAX_SEQ_LEN)
     capped = Client(Defaults(operators, max_new_tokens_cap=50))
     capped.ask(CHAT, HELLO)
+    assert capped.asked()[1].max_new_tokens == 50
+    capped = Client(Defaults(operators, max_new_tokens_cap=50))
+    capped.ask(CHAT, HELLO | {"max_tokens": 60, "prompt_logprobs": False, "stream": True})
     assert capped.asked()[1].max_new_tokens == 50
 
 
@@ -177,10 +188,14 @@ def test_logprobs(stream: bool) -> None:
     the, cat = ids_of("the cat")
     eos, byte = tokenizer().eos_id, ids_of("\u00e9")[-1]
     tops = [[(the, -0.5), (eos, -1.0)], [(byte, -0.1), (cat, -0.2)]]
-    client.engine.say("r/0", [the, cat], "stop", logprobs=[-0.5, -float("inf")], top_logprobs=tops)
+    client.engine.say("r/0", [the], logprobs=[-0.5], top_logprobs=tops[:1])
+    first = client.take()
+    client.engine.say("r/0", [cat], "stop", logprobs=[-float("inf")], top_logprobs=tops[1:])
     if stream:
-        (content,) = [c["choices"][0]["logprobs"]["content"] for c in events(client.take())[1:-1]]
+        chunks = [*events(first)[1:], *events(client.take())[:-1]]
+        content = [token for chunk in chunks for token in chunk["choices"][0]["logprobs"]["content"]]
     else:
+        assert first is None
         content = client.whole()["choices"][0]["logprobs"]["content"]
     bytes_of_cat = list(b" cat")
     assert content == [

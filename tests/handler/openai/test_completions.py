@@ -8,9 +8,11 @@ import pytest
 
 from tests.handler.fakes import tokenizer
 from tests.handler.openai.client import DONE, ONCE, TEXT, Client, events, ids_of, refusal
+from tpserve.engine.answer import Delta
 from tpserve.engine.protocol import PromptLogprob
 from tpserve.engine.sampling_params import Guided, SamplingParams
 from tpserve.engine.text.tokenizer import PieceKind
+from tpserve.handler.openai.logprobs import CompletionLogprobs, TokenTexts
 
 BYTES = {byte: i for i, (kind, _, byte) in enumerate(tokenizer().pieces) if kind is PieceKind.BYTE}
 
@@ -189,6 +191,39 @@ def test_offsets_of_a_guided_answer_behind_an_echo() -> None:
     choice = client.whole()["choices"][0]
     assert choice["text"] == "once uponcat and"
     assert choice["logprobs"]["text_offset"][-2:] == [len("once upon"), len("once uponcat")]
+
+
+def test_offsets_of_a_guided_answer() -> None:
+    given = {"logprobs": 0, "guided_choice": ["cat and"]}
+    told = Client().answer(TEXT, ONCE | given, "cat and", logprobs=[-1.0] * 2)
+    assert told["choices"][0]["logprobs"]["text_offset"] == [0, len("cat")]
+
+
+def test_offsets_count_in_the_prompt_as_it_was_written() -> None:
+    """A tokenizer may drop what it calls needless; then its tokens' text is shorter."""
+    ids = ids_of("once upon")
+    logprobs = CompletionLogprobs(TokenTexts(tokenizer()), tokenizer(), ids, echo=True, continues=True)
+    assert logprobs.prompt([], 0, "once   upon")["text_offset"] == [0, len("once")]
+    assert logprobs.said(Delta(0, ids=ids_of("a"), logprobs=[-1.0]))["text_offset"] == [len("once   upon")]
+
+
+def test_of_two_tokens_with_one_text_the_more_probable_counts() -> None:
+    text = tokenizer().pieces.index((PieceKind.TEXT, "a", 0))
+    told = Client().answer(
+        TEXT, ONCE | {"logprobs": 2}, "the", logprobs=[-1.0], top_logprobs=[[(BYTES[ord("a")], -0.1), (text, -0.7)]]
+    )
+    assert told["choices"][0]["logprobs"]["top_logprobs"] == [{"a": -0.1, " the": -1.0}]
+
+
+def test_each_of_the_two_has_its_own_number() -> None:
+    client = Client()
+    client.ask(TEXT, ONCE | {"prompt_logprobs": 1, "echo": True, "logprobs": 2})
+    ids, params = client.asked()
+    assert params.prompt_logprobs == 2
+    client.say("a", "stop", prompt_logprobs=scored(ids, 2), logprobs=[-1.0])
+    choice = client.whole()["choices"][0]
+    assert list(choice["prompt_logprobs"][1]) == ["7", str(ids[1])]
+    assert len(choice["logprobs"]["top_logprobs"][1]) == 3
 
 
 def test_prompt_logprobs() -> None:

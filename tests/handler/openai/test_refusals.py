@@ -100,6 +100,10 @@ def test_a_bad_value_is_400_and_names_its_field(path: str, given: dict[str, Any]
     assert client.engine.submitted == {}
 
 
+def test_what_must_be_null_says_so() -> None:
+    assert refusal(Client().ask(TEXT, ONCE | {"suffix": "x"}))["message"] == "suffix: must be null, got 'x'"
+
+
 def test_every_field_has_a_bad_value_above() -> None:
     asked = {name for _, body, _ in CASES for name in body}
     tested_elsewhere = {"tools", "tool_choice"}
@@ -182,9 +186,10 @@ def test_an_error_inside_a_stream_and_before_it(path: str, finish: str, message:
 
 def test_one_broken_prompt_breaks_the_batch() -> None:
     client = Client()
-    client.ask(TEXT, {"prompt": ["a", "b"], "echo": True, "logprobs": 1, "stream": True})
-    client.engine.say("r/0", [], "length")
-    assert len(events(client.take())) == 1
+    client.ask(TEXT, {"prompt": ["a", "b"], "echo": True, "logprobs": 1, "stream": True, "n": 2})
+    for index in range(2):
+        client.engine.say("r/0", [], "length", index=index)
+    assert len(events(client.take())) == 2
     client.engine.say("r/1", [], "error", error="rank 1 died")
     assert "error" in events(client.take())[0]
 

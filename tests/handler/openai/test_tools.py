@@ -155,6 +155,14 @@ def test_a_named_tool(stream: bool) -> None:
     assert (calls(choice), choice["finish_reason"]) == ([("go", {"x": 1})], "tool_calls")
 
 
+def test_a_forced_call_is_held_whatever_it_begins_with() -> None:
+    client = Client()
+    tool = {"type": "function", "function": {"name": "go", "parameters": {"type": "integer"}}}
+    client.ask(CHAT, HELLO | {"tools": [tool], "tool_choice": NAMED, "stream": True})
+    client.say("12", "stop")
+    assert calls(events(client.take())[-2]["choices"][0]) == [("go", 12)]
+
+
 def test_a_call_that_is_cut_off_keeps_its_reason() -> None:
     choice = Client().answer(CHAT, TOOLS | {"tool_choice": NAMED}, '{"x":', "length")["choices"][0]
     assert choice["message"]["tool_calls"][0]["function"]["arguments"] == '{"x":'
