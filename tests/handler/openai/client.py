@@ -99,7 +99,7 @@ def events(reply: Reply | None) -> list[Any]:
     assert lines.pop() == ""
     assert all(line.startswith("data: ") and "\n" not in line for line in lines)
     told = [line.removeprefix("data: ") for line in lines]
-    found = [one if one == DONE else json.loads(one) for one in told]
+    found: list[Any] = [one if one == DONE else json.loads(one) for one in told]
     for one in found:
         if one != DONE and "error" not in one:
             chat = one["object"] == "chat.completion.chunk"

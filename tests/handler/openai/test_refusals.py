@@ -117,9 +117,9 @@ def test_bodies_that_are_no_json_object(path: str) -> None:
     for body in (b"", b"\xff", b"{", b"[]", b"5", b'"x"', b'{"a": 1, "a": 2}', b"[" * 100_000):
         told = refusal(Client().ask(path, body))
         assert (told["status"], told["type"]) == (400, "invalid_request_error")
-    for body in (None, 5, [], "x", 1.5):
+    for value in (None, 5, [], "x", 1.5):
         client = Client()
-        reply = client.backend.serve("r", HttpRequest(path, body), client.backend.signal)
+        reply = client.backend.serve("r", HttpRequest(path, value), client.backend.signal)
         assert isinstance(reply, Reply)
         assert refusal(reply)["status"] == 400
 
