@@ -215,8 +215,8 @@ async def _relay(wire: Wire, opened: Pending, wakeup: Wakeup, watch: asyncio.Tas
         await wakeup.wait()
 
 
-def _check_method(wire: Wire, allowed: tuple[str, ...]) -> None:
-    if wire.method not in allowed:
+def _check_method(wire: Wire, allowed: tuple[str, ...] | None) -> None:
+    if allowed is not None and wire.method not in allowed:
         raise Refusal(405, f"{wire.method[:20]} is not for this path; use {allowed[0]}", Allow=", ".join(allowed))
 
 

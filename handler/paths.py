@@ -45,8 +45,10 @@ def family(path: str) -> str | None:
     return max(above, key=len) if above else None
 
 
-def methods(path: str) -> tuple[str, ...]:
-    """How a path may be asked for."""
+def methods(path: str) -> tuple[str, ...] | None:
+    """How a path may be asked for; None: nothing is there, which its protocol says itself."""
+    if family(path) == "v1/":
+        return None
     if path == "":
         return ("POST", "PUT")  # `curl -T` puts
     return ("POST",) if _POSTED.fullmatch(path) else _GET

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from tpserve.handler.openai.errors import error_body
 from tpserve.handler.replies import Reply, json_reply
 
 _OPENAI_PATHS = ("v1/", "tokenize", "detokenize", "version")
-_OPENAI_CODES = {401: "invalid_api_key", 404: "not_found", 429: "overloaded", 503: "unavailable"}
 
 
 class Refusal(Exception):  # noqa: N818 — no error of ours: an answer
@@ -31,9 +31,7 @@ def refusal_reply(path: str, refusal: Refusal) -> Reply:
     """
     status, message = refusal.status, str(refusal)
     if path == "v1" or path.startswith(_OPENAI_PATHS):
-        kind = "invalid_request_error" if status < 500 else "server_error"
-        error = {"message": message, "type": kind, "param": None, "code": _OPENAI_CODES.get(status)}
-        reply = json_reply({"error": error}, status)
+        reply = json_reply(error_body(status, message, code="invalid_api_key" if status == 401 else None), status)
     elif path == "v2" or path.startswith("v2/"):
         reply = json_reply({"error": message}, status)
     else:

@@ -30,11 +30,11 @@ class Limits:
         request_timeout_s: for a body, and for headers, to arrive.
     """
 
-    max_request_bytes: int = 8 << 20
+    max_request_bytes: int = 2 << 20
     max_header_bytes: int = 16 << 10
     max_headers: int = 100
     max_connections: int = 1024
-    max_buffered_bytes: int = 512 << 20
+    max_buffered_bytes: int = 256 << 20
     request_timeout_s: float = 30.0
 
 

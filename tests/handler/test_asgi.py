@@ -164,9 +164,32 @@ def test_an_unknown_path_names_the_known_ones(web: Web) -> None:
 
 
 def test_each_protocol_hears_refusals_in_its_own_form(web: Web) -> None:
-    openai = web.ask("GET", "/v1/nowhere").json["error"]
-    assert set(openai) == {"message", "type", "param", "code"}
+    openai = web.ask("GET", "/v1/chat/completions")
+    assert (openai.status, openai.headers["allow"]) == (405, "POST")
+    assert openai.json["error"]["code"] == "method_not_allowed"
+    for method in ("GET", "POST"):
+        assert web.ask(method, "/v1/nowhere").json["error"]["code"] == "not_found"
+    assert isinstance(web.ask("GET", "/v2/nowhere").json["error"], str)
+    assert web.ask("GET", "/v2/models/llama/infer").headers["allow"] == "POST"
     assert set(web.ask("GET", "/nowhere").json["error"]) == {"message", "field", "code"}
+
+
+@pytest.mark.parametrize("prefix", ["", PREDICT, PREDICT + "/1.0"])
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/llama", "/version", "/v2", "/v2/models/llama/ready"])
+def test_what_is_asked_for_with_get(web: Web, prefix: str, path: str) -> None:
+    assert web.ask("GET", prefix + path).status == 200
+    assert web.ask("POST", prefix + path).status == 405
+
+
+def test_a_chat_is_a_stream_of_events(web: Web) -> None:
+    body = {"model": "llama", "messages": [{"role": "user", "content": "a"}], "stream": True}
+    with ThreadPoolExecutor() as pool:
+        asked = pool.submit(web.ask, "POST", "/v1/chat/completions", body)
+        (engine_id,) = web.submitted()
+        web.engine.say(engine_id, ids_of("once"), "stop")
+        answer = asked.result()
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    assert answer.body.endswith(b"data: [DONE]\n\n")
 
 
 # Limits.
