@@ -56,7 +56,9 @@ async function readModel() {
   }
 }
 
-const key = () => $("key").value.trim();
+function key() {
+  return $("key").value.trim();
+}
 
 function messages(last) {
   const system = $("system").value.trim();
