@@ -292,6 +292,16 @@ def test_more_requests_than_may_be_open(narrow: Web) -> None:
         assert [one.result().status for one in asked] == [200] * 3
 
 
+def test_more_bytes_of_bodies_than_are_held() -> None:
+    with serving(max_request_bytes=200 << 20) as web:  # of 256 MiB
+        with web.raw(f"{POST}Content-Length: 100\n\n{{"):
+            wait_for(lambda: web.front.num_requests == 1)
+            refused = web.ask("POST", PREDICT, HELLO)
+            assert (refused.status, refused.headers["retry-after"]) == (503, "1")
+        wait_for(lambda: web.front.num_requests == 0)
+        assert web.ask("POST", PREDICT, {"prompt": 1}).status == 400  # what was held has been given back
+
+
 # Who may ask.
 
 

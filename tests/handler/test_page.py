@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
+import subprocess
+import threading
+import time
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.handler.web import Web, serving
+from tests.handler.fakes import FakeEngine
+from tests.handler.frontend import ids_of
+from tests.handler.web import Web, serving, wait_for
 
 FOLDER = Path(__file__).resolve().parents[2] / "handler" / "page"
 
@@ -91,3 +99,43 @@ def test_the_script_finds_what_it_looks_for(page: Page) -> None:
     wanted = set(re.findall(r'\$\("([a-z-]+)"\)', script))
     assert len(wanted) > 12
     assert wanted <= ids
+
+
+class Talker(FakeEngine):
+    """Answers by itself; an answer of 100 tokens and more never ends."""
+
+    def submit(self, request_id: str, *args: Any, **kwargs: Any) -> None:
+        super().submit(request_id, *args, **kwargs)
+        endless = args[1].max_new_tokens >= 100
+
+        def talk() -> None:
+            self.say(request_id, ids_of("once upon"))
+            if not endless:
+                time.sleep(0.1)
+                self.say(request_id, ids_of("a time"), "stop")
+
+        threading.Timer(0.02, talk).start()
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="no node to run the page's script with")
+def test_a_conversation(tmp_path: Path) -> None:
+    (tmp_path / "package.json").write_text('{"type": "module"}')
+    for file in FOLDER.iterdir():
+        shutil.copy(file, tmp_path)
+    with serving(keys=("sesame",), engine=Talker()) as web:
+        command = ["node", str(Path(__file__).with_name("page.mjs")), str(tmp_path), f"http://127.0.0.1:{web.port}/"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+        assert done.returncode == 0, done.stderr
+        wait_for(lambda: len(web.engine.cancelled) == 1)  # Escape
+    told = json.loads(done.stdout)
+    assert "API key" in told["locked"]
+    assert told["model"] == "llama"
+    assert told["answering"] == [True, False]  # Send is off, Stop is on
+    assert told["turns"] == [["You", "tell me"], ["Model", "once upon a time"]]
+    assert re.fullmatch(r"Complete, first token after \d+ ms, .* tokens/s, \d+ \+ \d+ tokens", told["facts"])
+    assert told["stopped"].startswith("Stopped, first token after")
+    assert told["tokens"][0].startswith("<s> ")
+    assert len(told["tokens"]) == int(told["count"].split()[0])
+    assert "temperature" in told["refused"]
+    assert told["kept"] == "too warm"  # to be sent again
+    assert told["cleared"] == 0

@@ -69,10 +69,12 @@ class Web:
 
 
 @contextlib.contextmanager
-def serving(keys: tuple[str, ...] = (), ready: bool = True, **options: Any) -> Iterator[Web]:
+def serving(
+    keys: tuple[str, ...] = (), ready: bool = True, engine: FakeEngine | None = None, **options: Any
+) -> Iterator[Web]:
     """A front with these keys and options; with `ready` false its engine is still starting."""
     config = FrontConfig.from_options("nowhere", None, options)
-    engine = FakeEngine()
+    engine = engine or FakeEngine()
     front = Front(config.limits, ApiKeys(keys), "llama")
     front.backend = backend(engine) if ready else None
     server = make_server(make_app(front, config.origins), config)
