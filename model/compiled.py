@@ -97,7 +97,8 @@ class CompiledDecoder:
         """
         num_blocks = max(2, -(-seq_len // self._block_size))  # a dimension of one would be a function of its own
         table_B = self._tables_RB[row, :num_blocks][0]
-        return self._run(self._tokens_RL[row, position], position, table_B, self._caches)
+        # A copy, for it is an inference tensor like all others: for another kind everything would be compiled again.
+        return self._run(self._tokens_RL[row, position], position.clone(), table_B, self._caches)
 
     def _run(
         self,
