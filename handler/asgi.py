@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import logging
 import time
 import uuid
-from collections import Counter
 
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tpserve.handler import paths
+from tpserve.handler.accounts import Accounts
 from tpserve.handler.api_keys import ApiKeys
 from tpserve.handler.backend import Backend
 from tpserve.handler.http import HttpRequest
@@ -25,9 +23,6 @@ from tpserve.handler.wire import ClientGone, Limits, Wire
 
 _CLIENT_GONE = 499  # nginx's word for it, in the log only
 _LATER = {"Retry_After": "5"}
-
-access = logging.getLogger("tpserve.access")
-logger = logging.getLogger(__name__)
 
 
 class Front:
@@ -51,7 +46,7 @@ class Front:
         self._num_requests = 0
         self._num_buffered = 0
         self._running: dict[Pending, Wakeup] = {}
-        self._answered: Counter[tuple[str, int]] = Counter()
+        self._accounts = Accounts()
 
     @property
     def num_requests(self) -> int:
@@ -83,8 +78,7 @@ class Front:
             raise
         finally:
             self._num_requests -= 1
-            self._answered[_label(wire, inner), wire.status] += 1
-            _log(wire, (time.perf_counter() - started_s) * 1000)
+            self._accounts.ended(wire, inner, time.perf_counter() - started_s)
 
     async def _answer(self, wire: Wire, inner: str | None) -> None:
         wire.check_headers(self._limits)
@@ -140,7 +134,7 @@ class Front:
         opened = backend.serve(uuid.uuid4().hex, request, wakeup)
         if isinstance(opened, Reply):
             if request.path == "metrics":
-                opened = Reply(opened.body + self._metrics(), opened.content_type)
+                opened = Reply(opened.body + self._accounts.metrics(), opened.content_type)
             await wire.reply(opened, *self._closing())
             return
         self._running[opened] = wakeup
@@ -167,13 +161,6 @@ class Front:
 
     def _closing(self) -> tuple[tuple[str, str], ...]:
         return (("connection", "close"),) if self.draining else ()
-
-    def _metrics(self) -> bytes:
-        name = "tpserve:http_requests_total"
-        lines = [f"# HELP {name} HTTP requests that ended.", f"# TYPE {name} counter"]
-        for (path, status), count in sorted(self._answered.items()):
-            lines.append(f'{name}{{path="{path}",status="{status}"}} {count}')
-        return ("\n".join(lines) + "\n").encode()
 
 
 def make_app(front: Front, allowed_origins: tuple[str, ...]) -> ASGIApp:
@@ -220,29 +207,6 @@ def _check_method(wire: Wire, allowed: tuple[str, ...] | None) -> None:
         raise Refusal(405, f"{wire.method[:20]} is not for this path; use {allowed[0]}", Allow=", ".join(allowed))
 
 
-def _label(wire: Wire, inner: str | None) -> str:
-    """A path for the counters: there are as many as there are endpoints, whatever clients think of."""
-    if wire.path in PAGE:
-        return "/"
-    family = None if inner is None else paths.family(inner)
-    return "other" if family is None else f"/{family or 'predictions'}"
-
-
 def _request(wire: Wire, path: str, body: bytes) -> HttpRequest:
     headers = {name: value for name, value in wire.headers.items() if name != "authorization"}
     return HttpRequest(path, body, headers.get("content-type", ""), headers, wire.method)
-
-
-def _log(wire: Wire, duration_ms: float) -> None:
-    if access.isEnabledFor(logging.INFO):
-        line = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime()) + f".{int(time.time() * 1000) % 1000:03}Z",
-            "client": wire.client,
-            "method": wire.method[:20],
-            "path": wire.path[:256],
-            "status": wire.status,
-            "duration_ms": round(duration_ms, 1),
-            "bytes_out": wire.bytes_out,
-            "request_id": wire.request_id,
-        }
-        access.info("%s", json.dumps(line))

@@ -16,8 +16,9 @@ from typing import Any
 
 from tpserve.engine.client import EngineClient
 from tpserve.engine.errors import EngineError, TpserveError
+from tpserve.handler.accounts import access
 from tpserve.handler.api_keys import ApiKeys
-from tpserve.handler.asgi import Front, access, make_app
+from tpserve.handler.asgi import Front, make_app
 from tpserve.handler.backend import Backend
 from tpserve.handler.front_config import FrontConfig
 from tpserve.handler.http_server import Server, listen, make_server
