@@ -40,7 +40,7 @@ def start(checkpoint: Path, tmp_path: Path) -> Iterator[Callable[..., Served]]:
         served.close()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def served(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """TP 2, with keys; in the end it is killed, and no rank may outlive it."""
     log = tmp_path_factory.mktemp("log") / "log"
