@@ -1,7 +1,12 @@
-"""A rank whose network computes nothing: for measuring everything else (`engine_overhead`). Loads no weights."""
+"""A rank whose network computes nothing: for measuring everything else (`engine_overhead`, `fronts`). Loads no weights.
+
+The environment variable TPSERVE_STUB_STEP_MS is what a step takes at least, without work.
+"""
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 
 import torch
@@ -25,9 +30,15 @@ class StubNetwork:
 
     def __init__(self, vocab_size: int) -> None:
         self._logits_1V = torch.randn(1, vocab_size, generator=torch.Generator().manual_seed(0))
+        self._step_s = float(os.environ.get("TPSERVE_STUB_STEP_MS", "0")) / 1e3
+        self._next_s = 0.0
 
     def __call__(self, inputs: StepInputs) -> torch.Tensor:
         """Logits [N, V] without copying them."""
+        if self._step_s:
+            now_s = time.monotonic()
+            time.sleep(max(0.0, self._next_s - now_s))
+            self._next_s = max(self._next_s, now_s) + self._step_s
         rows = inputs.rows_T if inputs.logits_rows_N is None else inputs.logits_rows_N
         return self._logits_1V.expand(len(rows), -1)
 

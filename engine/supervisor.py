@@ -29,7 +29,8 @@ class RankGroup:
         config: what the ranks are told.
     """
 
-    worker = "tpserve.engine.worker"  # the module that a rank runs
+    # The module that a rank runs; benchmarks of everything else name one that computes nothing.
+    worker = os.environ.get("TPSERVE_WORKER", "tpserve.engine.worker")
 
     def __init__(self, config: EngineConfig) -> None:
         self._ranks: set[int] = set()
