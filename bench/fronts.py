@@ -1,9 +1,9 @@
 """What HTTP costs: `python -m tpserve.bench.fronts [--streams 64 --rate 5000]`.
 
 A rank that computes nothing (`stub_worker`) makes tokens at a fixed rate. They are counted where a user of the engine's
-client gets them, and then at the far end of as many HTTP streams: through TorchServe and through `tpserve serve`, in our
-own protocol (a JSON object a line) and in OpenAI's (events). Streams begin together; the rate is all tokens by the time
-from the first request to the last byte. Clients share the machine with the servers.
+client gets them, and then at the far end of as many HTTP streams: through TorchServe and through `tpserve serve`, in
+our own protocol (a JSON object a line) and in OpenAI's (events). Streams begin together; the rate is all tokens by the
+time from the first request to the last byte. Clients share the machine with the servers.
 
 Exit status 1: a front delivers less than 90 % of what the engine alone does.
 """
