@@ -11,6 +11,7 @@ import json
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,10 +38,12 @@ class Address:
         model: what it is called.
         key: that is asked for; "": none.
         predictions: the path of our own protocol.
+        log: what the server writes.
     """
 
     url: str
     model: str
+    log: Path
     key: str = ""
     predictions: str = ""
 
@@ -184,3 +187,23 @@ def test_all_protocols_say_the_same(client: openai.OpenAI, address: Address) -> 
     assert completion.choices[0].text.strip() == text.strip()
     generated = address.ask("v2/models/ensemble/generate", {"text_input": "once upon a time", "max_tokens": 15})[2]
     assert json.loads(generated)["text_output"].strip() == text.strip()
+
+
+def test_no_prompt_is_logged(address: Address) -> None:
+    secret = "quetzalcoatlus northropi"
+    asked: list[tuple[str, Any]] = [
+        (address.predictions, {"prompt": secret, "max_new_tokens": 2}),
+        (address.predictions, {"prompt": secret, "top_p": secret}),
+        ("v1/completions", {"model": address.model, "prompt": secret, "max_tokens": 2}),
+        ("v1/chat/completions", {"messages": [{"role": "user", "content": secret}], "max_tokens": 2, "stream": True}),
+        ("v1/chat/completions", {"messages": [{"role": secret, "content": secret}]}),
+        ("v2/models/ensemble/generate", {"text_input": secret, "max_tokens": 2}),
+        ("v2/models/ensemble/generate", {"text_input": secret, "beam_width": secret}),
+        ("tokenize", {"prompt": secret}),
+        ("tokenize", f'{{"prompt": "{secret}'.encode()),
+    ]
+    statuses = [address.ask(path, body)[0] for path, body in asked]
+    assert statuses == [200, 400, 200, 200, 400, 200, 400, 200, 400]
+    log = address.log.read_text()
+    assert log
+    assert "quetzalcoatlus" not in log.lower()

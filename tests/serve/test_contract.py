@@ -11,4 +11,4 @@ from tests.serve.process import Served
 
 @pytest.fixture
 def address(served: Served) -> Address:
-    return Address(f"http://127.0.0.1:{served.port}", "tiny", "1e5", "predictions/tiny")
+    return Address(f"http://127.0.0.1:{served.port}", "tiny", served.log, "1e5", "predictions/tiny")

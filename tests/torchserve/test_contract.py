@@ -12,4 +12,4 @@ from tests.torchserve.server import Server
 @pytest.fixture
 def address(server: Server) -> Address:
     model = server.process.models[0]
-    return Address(f"http://127.0.0.1:{server.process.port}/predictions/{model}/1.0", model)
+    return Address(f"http://127.0.0.1:{server.process.port}/predictions/{model}/1.0", model, server.log)
