@@ -21,7 +21,7 @@ import fire
 import numpy as np
 
 from tpserve.bench.convert_memory import write_result
-from tpserve.bench.gpu import MODELS, Engine
+from tpserve.bench.engine_runs import MODELS, Engine
 from tpserve.model.args import ModelArgs
 
 _PROMPT, _SHORT = 128, 8

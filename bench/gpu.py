@@ -1,26 +1,22 @@
-"""Latency and throughput of the whole engine at a model's real shapes, beside a peer:
-`python -m tpserve.bench.gpu --model 7B --tp 1 [--peer COMMAND]`.
+"""The engine on GPUs beside a peer: `python -m tpserve.bench.gpu [--peer COMMAND]` measures every row of this machine's
+table, after checking every kernel; `--model 7B --tp 1` measures one model only. `engine_runs` says how.
 
-Random bf16 weights, random prompts, greedy, no EOS; client, sockets, scheduler, paged cache and sampler are those that
-serve. The method is the peer's: time to first token is the fastest of four runs of one token; a step is the difference
-to the fastest of two runs of `new` tokens, divided by the steps between; throughput is all output tokens by the time
-from the first submission to the last token. A floor is what the weights without the embedding, and the KV that a step
-reads, take at the memory's measured bandwidth.
+The peer's command is run after ours, model by model, on the same machine; `{model}`, `{tp}`, `{batches}`, `{prompts}`
+and `{requests}` stand for what it is to measure. The environment variable OUT names a folder into which it writes its
+rows as JSON lists [kind, batch, in, out, ttft_ms, step_ms, tokens_per_s, …].
 
-The peer's command is run after ours on the same machine, with the environment variable OUT naming a folder into which
-it writes its rows as JSON lists [kind, batch, in, out, ttft_ms, step_ms, tokens_per_s, …].
+A row's goal is the least that it must reach. Exit status 1: a kernel is wrong, or a row misses its goal.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
-import random
+import re
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -28,122 +24,154 @@ import fire
 import torch
 
 from tpserve.bench.convert_memory import write_result
-from tpserve.engine.client import EngineClient
-from tpserve.engine.config import EngineConfig
-from tpserve.engine.protocol import RequestOutput
-from tpserve.engine.sampling_params import SamplingParams
-from tpserve.model.args import ModelArgs
-from tpserve.model.checkpoint import CheckpointInfo
+from tpserve.bench.engine_runs import Engine, floor_ms, latency, throughput
 
-MODELS: dict[str, dict[str, Any]] = {
-    "7B": {"dim": 4096, "n_layers": 32, "n_heads": 32, "multiple_of": 256, "norm_eps": 1e-5, "vocab_size": 32000},
-    "13B": {"dim": 5120, "n_layers": 40, "n_heads": 40, "multiple_of": 256, "norm_eps": 1e-5, "vocab_size": 32000},
-    "70B": {
-        "dim": 8192, "n_layers": 80, "n_heads": 64, "n_kv_heads": 8, "multiple_of": 4096, "ffn_dim_multiplier": 1.3,
-        "norm_eps": 1e-5, "vocab_size": 32000,
-    },
-    "110M": {"dim": 768, "n_layers": 12, "n_heads": 12, "multiple_of": 32, "norm_eps": 1e-5, "vocab_size": 32000},
-    "tiny": {"dim": 256, "n_layers": 2, "n_heads": 4, "multiple_of": 64, "norm_eps": 1e-5, "vocab_size": 512},
+Key = tuple[str, int, int]  # kind, batch, tokens in
+
+
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """One model at one TP size.
+
+    Attributes:
+        batches, prompts: of the latency rows: every pair of them.
+        requests: of the throughput rows (512 tokens in, 256 out).
+        goals: of a row: (figure, value); "start_s" under ("start", 1, 8).
+    """
+
+    model: str
+    tp: int
+    batches: tuple[int, ...] = (1, 8)
+    prompts: tuple[int, ...] = (128, 1024)
+    requests: tuple[int, ...] = ()
+    goals: dict[Key, dict[str, float]] = dataclasses.field(default_factory=dict)
+
+
+# By the number of GPUs of the machine. Goals are at least a tenth better than what vLLM 0.26 was first measured at.
+SUITE: dict[int, tuple[Measure, ...]] = {
+    1: (
+        Measure(
+            "7B", 1, requests=(64, 256),
+            goals={
+                ("lat", 1, 128): {"step_ms": 3.7, "ttft_ms": 7.0}, ("lat", 1, 1024): {"ttft_ms": 23.0},
+                ("lat", 8, 1024): {"step_ms": 5.0}, ("thr", 64, 512): {"tokens_per_s": 5400.0},
+                ("thr", 256, 512): {"tokens_per_s": 6900.0}, ("start", 1, 8): {"start_s": 30.0},
+            },
+        ),
+    ),
+    2: (
+        Measure(
+            "7B", 2, requests=(256,),
+            goals={
+                ("lat", 1, 128): {"step_ms": 2.3}, ("lat", 8, 1024): {"step_ms": 3.0},
+                ("thr", 256, 512): {"tokens_per_s": 11500.0},
+            },
+        ),
+    ),
+    4: (
+        Measure("7B", 4, goals={("lat", 1, 128): {"step_ms": 1.45}}),
+        Measure(
+            "70B", 4, requests=(256,),
+            goals={
+                ("lat", 1, 128): {"step_ms": 9.8}, ("lat", 8, 1024): {"step_ms": 11.9},
+                ("thr", 256, 512): {"tokens_per_s": 4600.0},
+            },
+        ),
+    ),
 }  # fmt: skip
 
 
-class _Batch:
-    """Requests that are submitted together and waited for."""
-
-    def __init__(self, client: EngineClient, prompts: list[list[int]], new: int) -> None:
-        self._left = len(prompts)
-        self._lock = threading.Lock()
-        self._done = threading.Event()
-        self.tokens = 0
-        params = SamplingParams(max_new_tokens=new, ignore_eos=True)
-        for i, prompt in enumerate(prompts):
-            client.submit(f"{id(self)}/{i}", prompt, params, self._take)
-
-    def _take(self, output: RequestOutput) -> None:
-        with self._lock:
-            self.tokens += len(output.token_ids)
-            if output.finish_reason is not None:
-                assert output.finish_reason == "length", output
-                self._left -= 1
-                if not self._left:
-                    self._done.set()
-
-    def wait(self) -> None:
-        """Until the last token."""
-        assert self._done.wait(600), "timed out"
-
-
-class Engine:
-    """The engine under measurement.
+def measure(what: Measure, dtype: str, new: int, bandwidth: float, options: dict[str, Any]) -> list[dict[str, Any]]:
+    """Runs our engine.
 
     Args:
-        model: a key of `MODELS`.
-        tp: ranks.
+        what: the rows.
         dtype: of weights and activations.
-        options: further configuration.
+        new: tokens of a latency run.
+        bandwidth: of the device's memory, bytes a second.
+        options: keys of the engine's configuration.
     """
-
-    def __init__(self, model: str, tp: int, dtype: str, **options: Any) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="tpserve-bench-")
-        self.args = ModelArgs.from_params(MODELS[model])
-        CheckpointInfo(self.args, "bfloat16").write(Path(self._folder.name))
-        self._rng = random.Random(0)
-        config = EngineConfig(
-            checkpoint_dir=self._folder.name, load_format="dummy", tensor_parallel_size=tp, dtype=dtype,
-            max_seq_len=2048, max_num_seqs=256, max_num_batched_tokens=8192, enable_prefix_caching=False, **options,
-        )  # fmt: skip
-        started_s = time.monotonic()
-        self.client = EngineClient(config)
-        self.info = self.client.start()
-        self.run(1, 8, 1)
-        self.start_s = time.monotonic() - started_s
-
-    def run(self, n: int, prompt_tokens: int, new: int) -> float:
-        """Seconds that `n` requests take together."""
-        vocab = self.args.vocab_size
-        prompts = [[self._rng.randrange(10, vocab - 10) for _ in range(prompt_tokens)] for _ in range(n)]
-        started_s = time.perf_counter()
-        batch = _Batch(self.client, prompts, new)
-        batch.wait()
-        elapsed_s = time.perf_counter() - started_s
-        assert batch.tokens == n * new, "tokens are missing"
-        return elapsed_s
-
-    def close(self) -> None:
-        """Ends the group."""
-        self.client.close()
-        self._folder.cleanup()
+    engine = Engine(what.model, what.tp, dtype, **options)
+    try:
+        rows = [latency(engine, b, p, new) for b in what.batches for p in what.prompts]
+        rows += [throughput(engine, n, 512, 256) for n in what.requests]
+    finally:
+        engine.close()
+    rows.append({"kind": "start", "batch": 1, "in": 8, "out": 1, "start_s": engine.start_s})
+    itemsize = getattr(torch, dtype).itemsize
+    for row in rows:
+        row |= {"model": what.model, "tp": what.tp}
+        if row["kind"] == "lat":
+            row["floor_ms"] = floor_ms(engine.args, what.tp, row["batch"], row["in"] + new // 2, bandwidth, itemsize)
+        goals = what.goals.get((row["kind"], row["batch"], row["in"]), {})
+        row["goals"] = goals
+        row["missed"] = [name for name, goal in goals.items() if not _reached(name, row[name], goal)]
+    return rows
 
 
-def latency(engine: Engine, batch: int, prompt_tokens: int, new: int) -> dict[str, Any]:
-    """Time to first token and time of a decode step, in ms."""
-    engine.run(batch, prompt_tokens, 16)
-    first_s = min(engine.run(batch, prompt_tokens, 1) for _ in range(4))
-    whole_s = min(engine.run(batch, prompt_tokens, new) for _ in range(2))
-    step_ms = 1e3 * (whole_s - first_s) / (new - 1)
-    return {"kind": "lat", "batch": batch, "in": prompt_tokens, "out": new, "ttft_ms": 1e3 * first_s,
-            "step_ms": step_ms, "tokens_per_s": 1e3 * batch / step_ms}  # fmt: skip
+def _reached(name: str, value: float, goal: float) -> bool:
+    return value >= goal if name == "tokens_per_s" else value <= goal
 
 
-def throughput(engine: Engine, requests: int, prompt_tokens: int, new: int) -> dict[str, Any]:
-    """Output tokens a second of many requests at once."""
-    engine.run(requests, prompt_tokens, 8)
-    elapsed_s = engine.run(requests, prompt_tokens, new)
-    return {"kind": "thr", "batch": requests, "in": prompt_tokens, "out": new, "ttft_ms": 0.0, "step_ms": 0.0,
-            "tokens_per_s": requests * new / elapsed_s}  # fmt: skip
+def add_peer(rows: list[dict[str, Any]], what: Measure, command: str) -> None:
+    """Runs the peer, and puts its figures beside ours."""
+    values = {"model": what.model, "tp": what.tp, "batches": what.batches, "prompts": what.prompts,
+              "requests": what.requests}  # fmt: skip
+    for name, value in values.items():
+        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        command = command.replace(f"{{{name}}}", text)
+    with tempfile.TemporaryDirectory() as folder:
+        # What it could measure before it failed counts.
+        done = subprocess.run(command, shell=True, env=os.environ | {"OUT": folder}, check=False)
+        if done.returncode:
+            print(f"the peer ended with status {done.returncode}", flush=True)
+        theirs = [row for path in Path(folder).glob("*.json") for row in json.loads(path.read_text())]
+    names = ("ttft_ms", "step_ms", "tokens_per_s")
+    by_key = {(row[0], row[1], row[2]): dict(zip(names, row[4:7], strict=True)) for row in theirs}
+    for row in rows:
+        row["peer"] = by_key.get((row["kind"], row["batch"], row["in"]))
 
 
-def floor_ms(args: ModelArgs, tp: int, batch: int, context: int, bandwidth: float, itemsize: int) -> float:
-    """What a step's weights and KV take to read."""
-    heads = args.n_heads + 2 * args.n_kv_heads
-    layer = args.dim * (heads * args.head_dim + args.n_heads * args.head_dim + 3 * args.ffn_hidden_dim)
-    weights = args.n_layers * layer + args.vocab_size * args.dim
-    kv = 2 * args.n_layers * batch * context * args.n_kv_heads * args.head_dim
-    return 1e3 * itemsize * (weights + kv) / tp / bandwidth
+def check_kernels() -> dict[str, Any]:
+    """Runs the GPU tests, which compare every kernel with float64 or float32 references, on fresh random inputs.
+
+    Returns:
+        "seed", "passed", "failed"; zeros where the tests are not beside the package.
+    """
+    seed = int.from_bytes(os.urandom(4), "little")
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "tests" / "gpu").is_dir():
+        return {"seed": seed, "passed": 0, "failed": 0}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu",
+               "-W", "ignore::pytest.PytestConfigWarning"]  # fmt: skip
+    env = os.environ | {"TPSERVE_TEST_SEED": str(seed)}
+    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, check=False)
+    last = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else done.stderr[-500:]
+    print(f"kernels, seed {seed}: {last}", flush=True)
+    counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|error)", last)}
+    if done.returncode not in (0, 1) and not counts:  # nothing was collected, or it did not start
+        counts["failed"] = 1
+    return {"seed": seed, "passed": counts.get("passed", 0), "failed": counts.get("failed", 0) + counts.get("error", 0)}
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """One line a row: ours, the floor's share of it, the peer's, and the goals that it misses."""
+    print(f"{'model':6}{'TP':>3} {'kind':6}{'batch':>6}{'in':>6}{'TTFT ms':>9}{'ms/step':>9}{'of floor':>9}"
+          f"{'tokens/s':>10}{'peer TTFT':>10}{'peer step':>10}{'peer t/s':>10}  misses")  # fmt: skip
+    for row in rows:
+        line = f"{row['model']:6}{row['tp']:>3} {row['kind']:6}{row['batch']:>6}{row['in']:>6}"
+        if row["kind"] == "start":
+            line += f"{row['start_s']:>9.1f} s from the start to the first token"
+        else:
+            share = f"{row['floor_ms'] / row['step_ms']:>9.0%}" if row["kind"] == "lat" else f"{'':9}"
+            line += f"{row['ttft_ms']:>9.2f}{row['step_ms']:>9.3f}{share}{row['tokens_per_s']:>10.0f}"
+            peer = row.get("peer")
+            line += f"{peer['ttft_ms']:>10.2f}{peer['step_ms']:>10.3f}{peer['tokens_per_s']:>10.0f}" if peer else ""
+        print(line, "", ", ".join(f"{name} ({row['goals'][name]:g})" for name in row["missed"]))
 
 
 def main(
-    model: str = "7B",
+    model: str = "",
     tp: int = 1,
     batches: str = "1,8",
     prompts: str = "128,1024",
@@ -152,52 +180,51 @@ def main(
     bandwidth: float = 4.24e12,
     dtype: str = "bfloat16",
     peer: str = "",
+    check: bool = True,
     **options: Any,
 ) -> None:
     """Measures and prints the table.
 
     Args:
-        model: a key of `MODELS`.
-        tp: ranks.
-        batches, prompts: of the latency rows, comma-separated.
-        requests: of the throughput rows (512 tokens in, 256 out).
+        model: a key of `engine_runs.MODELS`; empty: everything that this machine's GPUs are measured at.
+        tp, batches, prompts, requests: of that one model; lists with commas.
         new: tokens of a latency run.
         bandwidth: of the device's memory, bytes a second.
         dtype: of weights and activations.
         peer: a command that measures the same of something else.
+        check: kernels first (not with `model`).
         options: keys of the engine's configuration.
     """
-    numbers = [[int(x) for x in str(text).strip("()").split(",") if x.strip()] for text in (batches, prompts, requests)]
-    engine = Engine(model, tp, dtype, **options)
-    try:
-        rows = [latency(engine, b, p, new) for b in numbers[0] for p in numbers[1]]
-        rows += [throughput(engine, n, 512, 256) for n in numbers[2]]
-    finally:
-        engine.close()
-    itemsize = getattr(torch, dtype).itemsize
-    theirs = _peer_rows(peer) if peer else {}
-    print(f"{'':4}{'batch':>6}{'in':>6}{'TTFT ms':>9}{'ms/step':>9}{'of floor':>9}{'tokens/s':>10}{'peer TTFT':>10}"
-          f"{'peer step':>10}{'peer t/s':>10}")  # fmt: skip
-    for row in rows:
-        floor = floor_ms(engine.args, tp, row["batch"], row["in"] + new // 2, bandwidth, itemsize)
-        row["floor_ms"] = floor if row["kind"] == "lat" else None
-        peer_row = theirs.get((row["kind"], row["batch"], row["in"]))
-        row["peer"] = peer_row
-        beside = "".join(f"{x:>10.2f}" for x in peer_row[4:7]) if peer_row else ""
-        share = f"{floor / row['step_ms']:>9.0%}" if row["step_ms"] else f"{'':9}"
-        print(f"{row['kind']:4}{row['batch']:>6}{row['in']:>6}{row['ttft_ms']:>9.2f}{row['step_ms']:>9.3f}{share}"
-              f"{row['tokens_per_s']:>10.0f}{beside}")  # fmt: skip
-    command = f"python -m tpserve.bench.gpu {' '.join(sys.argv[1:])}".strip()
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    figures = {"model": model, "tensor_parallel_size": tp, "dtype": dtype, "device": name, "start_s": engine.start_s}
-    write_result(f"gpu_{model}_tp{tp}", command, {**figures, "options": options, "rows": rows})
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    kernels: dict[str, Any] = {}
+    if model:
+        lists = [tuple(int(x) for x in str(text).strip("()").split(",") if x.strip())
+                 for text in (batches, prompts, requests)]  # fmt: skip
+        suite: tuple[Measure, ...] = (Measure(model, tp, lists[0], lists[1], lists[2]),)
+    else:
+        if gpus not in SUITE:
+            sys.exit(f"this machine has {gpus} GPUs; rows are known for {', '.join(map(str, SUITE))}")
+        suite = SUITE[gpus]
+        kernels = check_kernels() if check else {}
+    rows: list[dict[str, Any]] = []
+    for what in suite:
+        ours = measure(what, dtype, new, bandwidth, options)
+        if peer:
+            add_peer(ours, what, peer)
+        rows += ours
+    print_table(rows)
+    device = torch.cuda.get_device_name() if gpus else "CPU"
+    figures = {"device": device, "gpus": gpus, "dtype": dtype, "kernels": kernels, "options": options, "rows": rows}
+    name = f"gpu_{model}_tp{tp}" if model else f"{device.replace(' ', '-')}-x{gpus}-{commit()}"
+    write_result(name, f"python -m tpserve.bench.gpu {' '.join(sys.argv[1:])}".strip(), figures)
+    sys.exit(bool(kernels.get("failed") or any(row["missed"] for row in rows)))
 
 
-def _peer_rows(command: str) -> dict[tuple[str, int, int], list[Any]]:
-    with tempfile.TemporaryDirectory() as folder:
-        subprocess.run(command, shell=True, env=os.environ | {"OUT": folder}, check=True)
-        rows = [row for path in Path(folder).glob("*.json") for row in json.loads(path.read_text())]
-    return {(row[0], row[1], row[2]): row for row in rows}
+def commit() -> str:
+    """The repository's; "unknown" where there is none."""
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True,
+                         text=True, check=False)  # fmt: skip
+    return git.stdout.strip() or os.environ.get("TPSERVE_COMMIT", "unknown")
 
 
 if __name__ == "__main__":

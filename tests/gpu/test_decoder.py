@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.gpu.conftest import SEED
 from tpserve.model.args import ModelArgs
 from tpserve.model.attention import PagedAttention
 from tpserve.model.decoder import FusedDecoder, default_buckets
@@ -48,7 +49,7 @@ class Setup:
         model.to_empty(device=device)
         localize(model, tp)
         model.rope_PC2 = rope_table(args, MAX_LEN, device)
-        shared, own = (torch.Generator(device).manual_seed(seed) for seed in (7, 100 + tp.rank))
+        shared, own = (torch.Generator(device).manual_seed(SEED + seed) for seed in (7, 100 + tp.rank))
         for name, parameter in model.named_parameters():
             mean, std = (1, 0.1) if parameter.ndim == 1 else (0, 0.06)
             parameter.data.normal_(mean, std, generator=shared if "norm" in name or "tok" in name else own)
@@ -59,7 +60,7 @@ class Setup:
         )  # fmt: skip
         for tensor in (*self.cache.k, *self.cache.v):
             tensor.normal_(generator=own)
-        seeded = torch.Generator().manual_seed(3)
+        seeded = torch.Generator().manual_seed(SEED + 3)
         self.tokens_RL = torch.randint(args.vocab_size, (ROWS, MAX_LEN), generator=seeded).to(device)
         self.tables_RB = torch.randperm(blocks, generator=seeded).view(ROWS, -1).to(device)
         self.model, self.device = model, device
@@ -69,7 +70,7 @@ class Setup:
 
     def batch(self, n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """Random rows, each once, at random positions."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(SEED + seed)
         positions = torch.randint(MAX_LEN, (n,), generator=generator)
         return torch.randperm(ROWS, generator=generator)[:n].to(self.device), positions.to(self.device)
 
@@ -193,7 +194,7 @@ def soak(setup: Setup, tp: TensorParallel, exchanges: int) -> None:
     batches = [(rows[i], setup.batch(n, seed=i)[1]) for i, n in enumerate(sizes)]
     first = [setup.decoder(*batch).clone() for batch in batches]
     wrong = torch.zeros((), dtype=torch.int64, device=setup.device)
-    generator = torch.Generator().manual_seed(tp.rank)
+    generator = torch.Generator().manual_seed(SEED + tp.rank)
     per_step = 2 * len(setup.model.layers) + 1
     for step in range(exchanges // per_step):
         i = step * 5 % len(batches)  # neighbours in time differ in tokens and in size

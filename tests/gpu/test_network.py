@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 
+from tests.gpu.conftest import SEED
 from tpserve.model.args import ModelArgs
 from tpserve.model.attention import SequenceSlice
 from tpserve.model.kv_cache import PagedKVCache
@@ -28,7 +29,7 @@ def llama(dim: int, heads: int, kv_heads: int) -> Llama:
         {"dim": dim, "n_layers": 3, "n_heads": heads, "n_kv_heads": kv_heads, "vocab_size": 1000, "multiple_of": 256,
          "norm_eps": 1e-5}
     )  # fmt: skip
-    torch.manual_seed(0)
+    torch.manual_seed(SEED)
     with torch.device("cuda"):
         model = Llama(args, MAX_LEN)
         for name, weight in model.named_parameters():
@@ -50,7 +51,7 @@ class Driver:
         device = torch.device("cuda")
         args = model.args
         cache = PagedKVCache(args.n_layers, BLOCKS, BLOCK, args.n_kv_heads, args.head_dim, dtype=dtype, device=device)
-        generator = torch.Generator().manual_seed(1)
+        generator = torch.Generator().manual_seed(SEED + 1)
         self.tokens = torch.randint(0, 1000, (ROWS, MAX_LEN + 1), generator=generator).to(device)
         order = torch.randperm(BLOCKS, generator=generator)[: ROWS * MAX_LEN // BLOCK]
         tables = order.view(ROWS, -1).to(device)
