@@ -5,6 +5,9 @@ client gets them, and then at the far end of as many HTTP streams: through Torch
 our own protocol (a JSON object a line) and in OpenAI's (events). Streams begin together; the rate is all tokens by the
 time from the first request to the last byte. Clients share the machine with the servers.
 
+With `--model 7B` the engine is the real one, at the rate that it has, around random weights of that shape; there is no
+tokenizer then, and our own protocol is the only one.
+
 Exit status 1: a front delivers less than 90 % of what the engine alone does.
 """
 
@@ -26,6 +29,7 @@ from typing import Any
 import fire
 
 from tpserve.bench.convert_memory import write_result
+from tpserve.bench.engine_runs import MODELS
 from tpserve.bench.streams import DEMO_MODEL, Stream
 from tpserve.convert.convert import convert
 from tpserve.engine.client import EngineClient
@@ -34,15 +38,17 @@ from tpserve.engine.sampling_params import SamplingParams
 from tpserve.engine.supervisor import RankGroup
 from tpserve.handler.archive import archive, default_config
 from tpserve.handler.server_process import TorchServeProcess
+from tpserve.model.args import ModelArgs
+from tpserve.model.checkpoint import CheckpointInfo
 
 LIMIT = 0.9
 _MAX_LEN = 2048
 _PROMPT = "Once upon a time"
 
 
-def engine_rate(checkpoint: Path, streams: int, new: int, rounds: int) -> list[float]:
+def engine_rate(checkpoint: Path, streams: int, new: int, rounds: int, options: dict[str, Any]) -> list[float]:
     """Tokens a second of the client alone, a round each."""
-    config = EngineConfig(checkpoint_dir=str(checkpoint), device="cpu", max_num_seqs=streams, max_seq_len=_MAX_LEN)
+    config = EngineConfig(checkpoint_dir=str(checkpoint), max_num_seqs=streams, max_seq_len=_MAX_LEN, **options)
     client = EngineClient(config)
     client.start()
     try:
@@ -98,13 +104,14 @@ def http_round(port: int, path: str, body: dict[str, Any], streams: int, new: in
 
 
 @contextlib.contextmanager
-def torchserve(checkpoint: Path, folder: Path, streams: int) -> Iterator[tuple[int, str]]:
+def torchserve(checkpoint: Path, folder: Path, streams: int, options: dict[str, Any]) -> Iterator[tuple[int, str]]:
     """TorchServe's port, and where the protocols' paths begin."""
     import yaml
 
     content = yaml.safe_load(default_config(dim=32).read_text())
     content["batchSize"] = 2 * streams
-    content["handler"] |= {"max_batch_size": streams, "max_seq_len": _MAX_LEN, "max_new_tokens": _MAX_LEN}
+    content["deviceType"] = "cpu" if options["device"] == "cpu" else "gpu"
+    content["handler"] |= {"max_batch_size": streams, "max_seq_len": _MAX_LEN, "max_new_tokens": _MAX_LEN, **options}
     config = folder / "config.yaml"
     config.write_text(yaml.safe_dump(content))
     made = archive(checkpoint, config=config, export_path=folder / "store", tensor_parallel_size=1)
@@ -118,12 +125,13 @@ def torchserve(checkpoint: Path, folder: Path, streams: int) -> Iterator[tuple[i
 
 
 @contextlib.contextmanager
-def second_front(checkpoint: Path, streams: int) -> Iterator[tuple[int, str]]:
+def second_front(checkpoint: Path, streams: int, options: dict[str, Any]) -> Iterator[tuple[int, str]]:
     """The port of `tpserve serve`, and where the protocols' paths begin."""
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     command = [
-        sys.executable, "-m", "tpserve.cli.main", "serve", "--checkpoint", str(checkpoint), "--port", "0", "--device",
-        "cpu", "--max_batch_size", str(streams), "--max_seq_len", str(_MAX_LEN), "--max_new_tokens", str(_MAX_LEN),
-        "--served_model_name", "llama",
+        sys.executable, "-m", "tpserve.cli.main", "serve", "--checkpoint", str(checkpoint), "--port", "0",
+        "--max_batch_size", str(streams), "--max_seq_len", str(_MAX_LEN), "--max_new_tokens", str(_MAX_LEN),
+        "--served_model_name", "llama", *words,
     ]  # fmt: skip
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         try:
@@ -134,7 +142,16 @@ def second_front(checkpoint: Path, streams: int) -> Iterator[tuple[int, str]]:
             process.terminate()
 
 
-def main(streams: int = 64, rate: int = 5000, new: int = 400, rounds: int = 3) -> None:
+def main(
+    streams: int = 64,
+    rate: int = 5000,
+    new: int = 400,
+    rounds: int = 3,
+    model: str = "",
+    dtype: str = "bfloat16",
+    device: str = "cuda",
+    fronts: str = "TorchServe,tpserve serve",
+) -> None:
     """Measures and prints the table.
 
     Args:
@@ -142,24 +159,40 @@ def main(streams: int = 64, rate: int = 5000, new: int = 400, rounds: int = 3) -
         rate: tokens a second that the engine makes.
         new: tokens of a stream.
         rounds: of each; their median counts.
+        model: a key of `engine_runs.MODELS`, instead of the rank that computes nothing; with `dtype` and `device`.
+        fronts: with commas between them.
     """
-    os.environ["TPSERVE_WORKER"] = RankGroup.worker = "tpserve.bench.stub_worker"
-    os.environ["TPSERVE_STUB_STEP_MS"] = str(1e3 * streams / rate)
-    ours = {"prompt": _PROMPT, "max_new_tokens": new, "ignore_eos": True}
-    openai = {"model": "llama", "prompt": _PROMPT, "max_tokens": new, "ignore_eos": True, "stream": True}
+    options: dict[str, Any] = {"device": "cpu"}
+    bodies: list[tuple[str, str, dict[str, Any]]] = []
+    predictions = {"max_new_tokens": new, "ignore_eos": True}
+    if model:
+        options = {"device": device, "dtype": dtype, "load_format": "dummy"}
+        bodies.append(("predictions", "", {"prompt_token_ids": [5, 6, 7, 8], **predictions}))
+    else:
+        os.environ["TPSERVE_WORKER"] = RankGroup.worker = "tpserve.bench.stub_worker"
+        os.environ["TPSERVE_STUB_STEP_MS"] = str(1e3 * streams / rate)
+        bodies.append(("predictions", "", {"prompt": _PROMPT, **predictions}))
+        asked = {"model": "llama", "prompt": _PROMPT, "max_tokens": new, "ignore_eos": True, "stream": True}
+        bodies.append(("OpenAI", "v1/completions", asked))
     rates: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory(prefix="tpb-") as name:
         folder = Path(name)
-        checkpoint = convert(DEMO_MODEL, folder / "demo", progress=False)
-        rates["engine alone"] = engine_rate(checkpoint, streams, new, rounds)
-        fronts = {
-            "TorchServe": (torchserve(checkpoint, folder, streams), ""),
-            "tpserve serve": (second_front(checkpoint, streams), "predictions/llama"),
-        }
-        for front, (context, predictions) in fronts.items():
+        if model:
+            checkpoint = folder / "random"
+            checkpoint.mkdir()
+            CheckpointInfo(ModelArgs.from_params(MODELS[model]), dtype).write(checkpoint)
+        else:
+            checkpoint = convert(DEMO_MODEL, folder / "demo", progress=False)
+        rates["engine alone"] = engine_rate(checkpoint, streams, new, rounds, options)
+        for front in str(fronts).split(",") if isinstance(fronts, str) else fronts:  # fire makes a tuple of a list
+            if front == "TorchServe":
+                context = torchserve(checkpoint, folder, streams, options)
+            else:
+                context = second_front(checkpoint, streams, options)
             with context as (port, base):
-                for protocol, path, body in (("predictions", predictions, ours), ("OpenAI", "v1/completions", openai)):
-                    measured = [http_round(port, base + path, body, streams, new) for _ in range(rounds + 1)]
+                for protocol, path, body in bodies:
+                    place = base + path if path or front == "TorchServe" else "/predictions/llama"
+                    measured = [http_round(port, place, body, streams, new) for _ in range(rounds + 1)]
                     rates[f"{front}, {protocol}"] = measured[1:]
     alone = statistics.median(rates["engine alone"])
     medians = {name: statistics.median(measured) for name, measured in rates.items()}
@@ -167,7 +200,11 @@ def main(streams: int = 64, rate: int = 5000, new: int = 400, rounds: int = 3) -
     for name, row in rows.items():
         print(f"{name:28}{row['tokens_per_s']:>9,.0f} tokens/s{row['share']:>8.1%}")
     command = f"python -m tpserve.bench.fronts {' '.join(sys.argv[1:])}".strip()
-    write_result("fronts", command, {"streams": streams, "rate": rate, "new": new, "rows": rows})
+    write_result(
+        f"fronts_{model}" if model else "fronts",
+        command,
+        {"streams": streams, "rate": None if model else rate, "new": new, "model": model, "rows": rows},
+    )
     sys.exit(min(row["share"] for row in rows.values()) < LIMIT)
 
 
