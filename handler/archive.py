@@ -120,6 +120,10 @@ def _configured(source: Path, checkpoint: str, tensor_parallel_size: int | None)
         raise ArchiveError(f"{source} has no handler: section")
     content["handler"].pop("checkpoint_dir", None)
     content["handler"]["converted_ckpt_dir"] = checkpoint
+    template = content["handler"].get("chat_template")
+    if isinstance(template, str) and (beside := source.parent / template).is_file():
+        # Like the weights it stays where it is: what was relative to the yaml is not to the unpacked archive.
+        content["handler"]["chat_template"] = str(beside.resolve())
     if tensor_parallel_size is not None:
         torchrun = content.setdefault("torchrun", {})
         torchrun["nproc-per-node"] = tensor_parallel_size

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tpserve.engine.errors import ConfigError
 from tpserve.handler import llama_handler
 from tpserve.handler.archive import ArchiveError, archive, default_config
 from tpserve.model.args import ModelArgs
@@ -55,6 +56,21 @@ def test_a_checkpoint_inside_the_model_folder_is_named_relatively(checkpoint: Pa
     content = yaml.safe_load((made.path / "model-config.yaml").read_text())
     assert content["handler"]["converted_ckpt_dir"] == "dcp"
     assert not (made.path / "converted_checkpoints").exists()
+
+
+def test_a_chat_template_beside_the_configuration_is_found_again(checkpoint: Path, tmp_path: Path) -> None:
+    config = tmp_path / "mine.yaml"
+    content = yaml.safe_load(default_config(dim=32).read_text())
+    content["handler"]["chat_template"] = "templates/mine.jinja"
+    config.write_text(yaml.safe_dump(content))
+    with pytest.raises(ConfigError, match="chat_template"):
+        archive(checkpoint, config=config, export_path=tmp_path / "store")
+    (tmp_path / "templates").mkdir()
+    (tmp_path / "templates" / "mine.jinja").write_text("{{ messages }}")
+    made = archive(checkpoint, config=config, export_path=tmp_path / "store")
+    with zipfile.ZipFile(made.path) as mar:
+        packed = yaml.safe_load(mar.read("model-config.yaml"))["handler"]["chat_template"]
+    assert packed == str(tmp_path / "templates" / "mine.jinja")
 
 
 def test_a_taken_name_is_not_replaced_unasked(checkpoint: Path, tmp_path: Path) -> None:
