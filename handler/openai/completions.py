@@ -43,6 +43,10 @@ def completions(
         params = msgspec.structs.replace(params, logprobs=None, best_of=None)
     if echo and num_tops is not None:
         params = msgspec.structs.replace(params, prompt_logprobs=max(num_tops, num_prompt_tops or 0))
+        if params.max_new_tokens == 1:
+            # lm-eval asks so, and takes the list's last token off as the answer's: where the answer ends at once, that
+            # would be one of the prompt's, and the score too good. So the end is told as a token.
+            params = msgspec.structs.replace(params, ignore_eos=True)
     inputs = [
         Input(
             backend.reader.encode(prompt),

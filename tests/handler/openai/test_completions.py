@@ -148,6 +148,22 @@ def test_echo_with_logprobs_scores_the_prompt(max_tokens: int, stream: bool) -> 
     assert {len(of) for of in logprobs.values()} == {len(ids) + kept}
 
 
+def test_the_end_is_a_token_where_lm_eval_takes_one_off() -> None:
+    client = Client()
+    client.ask(TEXT, ONCE | {"echo": True, "logprobs": 1, "max_tokens": 1})
+    ids, params = client.asked()
+    assert params.ignore_eos
+    client.engine.say("r/0", [tokenizer().eos_id], "length", prompt_logprobs=scored(ids), logprobs=[-0.1],
+                      top_logprobs=[[]])  # fmt: skip
+    (choice,) = client.whole()["choices"]
+    assert choice["text"] == "once upon"
+    assert choice["logprobs"]["tokens"][-2:] == [" upon", "</s>"]
+    for given in ({"echo": True, "max_tokens": 1}, {"logprobs": 1, "max_tokens": 1}, {"echo": True, "logprobs": 1}):
+        client = Client()
+        client.ask(TEXT, ONCE | given)
+        assert not client.asked()[1].ignore_eos, given
+
+
 def client_text(token_id: int) -> str:
     kind, _, byte = tokenizer().pieces[token_id]
     assert kind is PieceKind.BYTE
