@@ -10,7 +10,8 @@ from tpserve.handler.openai.chat_schema import Message
 from tpserve.handler.openai.sampling_schema import Request, Schema
 
 MAX_PROMPTS = 256  # encoding them is done while others wait
-_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+_ID = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
+_IDS = {"type": "array", "items": _ID, "minItems": 1}
 # Read by hand: a union's every branch would look at each of a hundred thousand ids, and name them all.
 Prompts = Annotated[
     Any,
@@ -25,7 +26,7 @@ Prompts = Annotated[
         }
     ),
 ]
-TokenIds = Annotated[Any, WithJsonSchema({"type": "array", "items": {"type": "integer", "minimum": 0}})]
+TokenIds = Annotated[Any, WithJsonSchema({"type": "array", "items": _ID})]
 
 
 class CompletionRequest(Request):

@@ -17,9 +17,13 @@ from tpserve.handler.openai.completion_schema import CompletionRequest, Detokeni
 _REF = "#/components/schemas/{model}"
 _ERRORS = {
     "400": "the request cannot be served; `param` names the field",
+    "401": "the server asks for a key, and this is none",
     "404": "another model, or another path",
+    "408": "the body did not come in time",
+    "413": "the body has too many bytes",
+    "415": "the body is compressed",
     "429": "too many requests; the header Retry-After says when to try again",
-    "503": "the engine cannot make tokens",
+    "503": "the engine cannot make tokens, or the server takes no more requests",
 }
 
 
@@ -32,20 +36,23 @@ class _Operation:
     reply: type[pydantic.BaseModel]
     request: type[pydantic.BaseModel] | None = None
     chunk: type[pydantic.BaseModel] | None = None
-    errors: tuple[str, ...] = ("400", "404")
+    errors: tuple[str, ...] = ()
 
 
-_GENERATING = ("400", "404", "429", "503")
+_ANY = ("401", "503")  # a front's, whatever is asked for
+_POSTED = ("400", "404", "408", "413", "415")
+_GENERATING = (*_POSTED, "429")
 _OPERATIONS = (
     _Operation("/v1/chat/completions", "Answer a chat", replies.ChatCompletion, ChatRequest, replies.ChatChunk,
                _GENERATING),
     _Operation("/v1/completions", "Continue a text", replies.Completion, CompletionRequest, replies.Completion,
                _GENERATING),
-    _Operation("/v1/models", "The served models", replies.ModelList, errors=()),
+    _Operation("/v1/models", "The served models", replies.ModelList),
     _Operation("/v1/models/{model}", "One of them", replies.Model, errors=("404",)),
-    _Operation("/tokenize", "Token ids of a prompt or of messages", replies.Tokens, TokenizeRequest),
-    _Operation("/detokenize", "Text of token ids", replies.Text, DetokenizeRequest),
-    _Operation("/version", "The server's version", replies.Version, errors=()),
+    _Operation("/tokenize", "Token ids of a prompt or of messages", replies.Tokens, TokenizeRequest,
+               errors=_POSTED),
+    _Operation("/detokenize", "Text of token ids", replies.Text, DetokenizeRequest, errors=_POSTED),
+    _Operation("/version", "The server's version", replies.Version),
 )  # fmt: skip
 
 
@@ -67,11 +74,17 @@ def openapi() -> dict[str, Any]:
                 "get": {
                     "summary": "This document",
                     "operationId": "openapi_json",
-                    "responses": {"200": _content("the document", {"application/json": {"type": "object"}})},
+                    "responses": {"200": _content("the document", {"application/json": {"type": "object"}})}
+                    | _errors(),
                 }
             },
         },
-        "components": {"schemas": definitions["$defs"]},
+        # A key or none: the document cannot know what its server asks for.
+        "security": [{}, {"key": []}],
+        "components": {
+            "schemas": definitions["$defs"],
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
     }
 
 
@@ -87,10 +100,12 @@ def _operation(one: _Operation) -> dict[str, Any]:
     if one.chunk is not None:
         said += "; with `stream: true` server-sent events, whose data are chunks, perhaps an error, then `[DONE]`"
         ok["text/event-stream"] = {"type": "string", "x-event-data": _ref(one.chunk)}
-    told["responses"] = {"200": _content(said, ok)} | {
-        status: {"description": _ERRORS[status]} | _json_of(replies.ErrorReply) for status in one.errors
-    }
+    told["responses"] = {"200": _content(said, ok)} | _errors(*one.errors)
     return told
+
+
+def _errors(*own: str) -> dict[str, Any]:
+    return {status: {"description": _ERRORS[status]} | _json_of(replies.ErrorReply) for status in sorted({*_ANY, *own})}
 
 
 def _content(description: str, schemas: dict[str, Any]) -> dict[str, Any]:

@@ -99,8 +99,11 @@ def test_the_document_says_what_there_is() -> None:
     assert {ref.removeprefix("#/components/schemas/") for ref in found} <= {*schemas}
     operations = [operation for methods in document["paths"].values() for operation in methods.values()]
     assert len({operation["operationId"] for operation in operations}) == len(operations)
+    assert document["security"] == [{}, *({name: []} for name in document["components"]["securitySchemes"])]
     for operation in operations:
-        assert "200" in operation["responses"]
+        assert {"200", "401", "503"} <= {*operation["responses"]}
+        if "requestBody" in operation:
+            assert {"400", "408", "413", "415"} <= {*operation["responses"]}
         for status, response in operation["responses"].items():
             assert response["description"]
             if status != "200":
