@@ -18,6 +18,8 @@ from tpserve.engine.errors import RequestError
 from tpserve.handler.openai.chat_schema import ChatRequest, Function, NamedTool
 
 _NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
+# Beside these, other arguments than the named ones may be meant.
+_OPEN = ("additionalProperties", "unevaluatedProperties", "patternProperties", "$ref", "allOf", "anyOf", "oneOf")
 _INTRODUCTION = "You have access to these functions:"
 _ONE = 'To call one, answer with nothing but {"name": function name, "parameters": object of its arguments}.'
 _MANY = " To call several, answer with nothing but a JSON list of such objects."
@@ -170,7 +172,12 @@ def _told(function: Function) -> dict[str, Any]:
 
 
 def _parameters(function: Function) -> Mapping[str, Any]:
-    return _NO_PARAMETERS if function.parameters is None else function.parameters
+    """Clients seldom close the object; models would invent arguments, on which functions fail."""
+    schema = function.parameters
+    if schema is None:
+        return _NO_PARAMETERS
+    names = isinstance(schema.get("properties"), dict) and not any(key in schema for key in _OPEN)
+    return {**schema, "additionalProperties": False} if names else schema
 
 
 def _moved(schema: Any, root: str) -> Any:

@@ -155,6 +155,23 @@ def test_a_named_tool(stream: bool) -> None:
     assert (calls(choice), choice["finish_reason"]) == ([("go", {"x": 1})], "tool_calls")
 
 
+@pytest.mark.parametrize(
+    ("more", "closed"), [({}, True), ({"additionalProperties": True}, False), ({"patternProperties": {"": {}}}, False)]
+)
+@pytest.mark.parametrize("choice", ["required", NAMED])
+def test_a_forced_call_has_no_arguments_that_the_function_lacks(
+    choice: Any, more: dict[str, Any], closed: bool
+) -> None:
+    parameters = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"], **more}
+    tool = {"type": "function", "function": {"name": "go", "parameters": parameters}}
+    client = Client()
+    client.ask(CHAT, HELLO | {"tools": [tool], "tool_choice": choice})
+    guided = client.asked()[1].guided
+    form = '{"name": "go", "parameters": %s}' if choice == "required" else "%s"
+    assert fits(guided, form % '{"x": 1}')
+    assert fits(guided, form % '{"x": 1, "y": 2}') is not closed
+
+
 def test_a_forced_call_is_held_whatever_it_begins_with() -> None:
     client = Client()
     tool = {"type": "function", "function": {"name": "go", "parameters": {"type": "integer"}}}
