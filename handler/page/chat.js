@@ -127,10 +127,10 @@ async function send() {
     const facts = document.createElement("p");
     facts.className = "facts";
     facts.textContent = factsOf(said);
-    answer.turn.append(facts);
+    following(() => answer.turn.append(facts));
     answer.turn.classList.toggle("wrong", error !== null);
   }
-  say(error === null ? factsOf(said) : explain(error), error !== null);
+  following(() => say(error === null ? factsOf(said) : explain(error), error !== null));
   if (document.activeElement === document.body) $("message").focus();
 }
 
@@ -145,9 +145,14 @@ function read(event, said, node) {
   said.lastMs = performance.now();
   said.firstMs ??= said.lastMs;
   said.text += text;
+  following(() => node.appendData(text));
+}
+
+/** Does what makes the page longer, and stays at its end; whoever has scrolled up reads on there. */
+function following(change) {
   const below = document.documentElement.scrollHeight - window.innerHeight - window.scrollY;
-  node.appendData(text);
-  if (below < 80) window.scrollTo(0, document.documentElement.scrollHeight); // whoever has scrolled up reads on there
+  change();
+  if (below < 80) window.scrollTo(0, document.documentElement.scrollHeight);
 }
 
 function factsOf({ usage, reason, sentMs, firstMs, lastMs }) {
