@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(shell cksum < pyproject.toml | cut -d' ' -f1)
 
-.PHONY: install demo test check lint bench clean
+.PHONY: install demo test test-clients check lint bench clean
 
 install: $(STAMP)
 
@@ -18,6 +18,10 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest
+
+# Other people's clients against both fronts: npm, Chromium (apt-get install chromium) and ten minutes; see docs/clients.md.
+test-clients: install
+	$(BIN)/python -m tests.clients.run $(CLIENTS)
 
 check: install lint
 	sh scripts/typecheck.sh $(BIN)/mypy
