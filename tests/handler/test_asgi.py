@@ -414,7 +414,7 @@ def test_what_is_cut_off_says_so() -> None:
         time.sleep(0.1)  # for the first line to be sent
         asyncio.run_coroutine_threadsafe(_fail_all(web), web.loop).result()
         answers = [one.result() for one in running]
-        assert set(web.engine.cancelled) == set(engine_ids)
+        wait_for(lambda: set(web.engine.cancelled) == set(engine_ids))  # after the client has its answer
     assert [answer.status for answer in answers] == [200, 503, 503]
     lines = [json.loads(answer.body.splitlines()[-1]) for answer in answers]
     assert {line["error"]["message"] for line in lines} == {"the server is shutting down"}
