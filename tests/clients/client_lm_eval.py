@@ -43,6 +43,7 @@ def main() -> None:
             "eos_token": "</s>",
             "unk_token": "<unk>",
             "legacy": True,
+            "add_bos_token": True,
         }
         (tokenizer / "tokenizer_config.json").write_text(json.dumps(told))
         (tokenizer / "config.json").write_text(json.dumps({"model_type": "llama"}))

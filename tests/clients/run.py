@@ -1,6 +1,6 @@
 """`make test-clients`: installs the clients, starts both fronts, lets each client ask, and writes docs/clients.md.
 
-With names of clients (`make test-clients CLIENTS="openai page"`) only those run, and nothing is written.
+With names of clients (`make test-clients CLIENTS="openai page"`) only those run, and the other rows stay.
 """
 
 from __future__ import annotations
@@ -46,12 +46,11 @@ def main(names: Sequence[str]) -> int:
                 for name in names or _CLIENTS:
                     if name not in _ONLY_SECOND_FRONT or start is fronts.second_front:
                         told.append(_run(name, front))
-                        sys.stdout.write(told[-1].row)
+                        sys.stdout.write(told[-1].row + "\n")
                         sys.stdout.flush()
             if "Traceback" in log.read_text(errors="replace"):
                 told.append(table.Told("the server's log", "", front.name, [], [f"a traceback: {log}"], 0.0))
-    if not names:
-        table.write(sorted(told, key=lambda one: one.client), os.cpu_count() or 1)
+    table.write(told, os.cpu_count() or 1, keep=bool(names))
     return int(any(one.failed for one in told))
 
 

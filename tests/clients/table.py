@@ -20,8 +20,8 @@ TorchServe's base URL is `http://127.0.0.1:PORT/predictions/llama/1.0` (with `/v
 without `http://`, for `tritonclient`); it is served without keys, and ignores the one that clients insist on sending.
 
 | client | version | front | what was done | result | s |
-|---|---|---|---|---|---|
 """
+_LINE = "|---|---|---|---|---|---|\n"
 _TAIL = """
 | not run | why |
 |---|---|
@@ -76,11 +76,26 @@ class Told:
             result,
             f"{self.seconds:.0f}",
         ]
-        return "| " + " | ".join(cell.replace("|", "\\|").replace("<", "&lt;") for cell in cells) + " |\n"
+        return "| " + " | ".join(cell.replace("|", "\\|").replace("<", "&lt;") for cell in cells) + " |"
 
 
-def write(told: Sequence[Told], cores: int) -> None:
-    """Replaces the page."""
+def write(told: Sequence[Told], cores: int, keep: bool) -> None:
+    """Replaces the page.
+
+    Args:
+        told: the new rows.
+        cores: of this machine.
+        keep: rows that others told before stay.
+    """
+    before = PAGE.read_text(encoding="utf-8").partition(_LINE)[2].partition("\n\n")[0] if keep and PAGE.exists() else ""
+    rows = {_place(row): row for row in before.splitlines()} | {_place(one.row): one.row for one in told}
     when = datetime.datetime.now(datetime.UTC).date().isoformat()
     head = _HEAD.format(when=when, cores=cores, python=platform.python_version())
-    PAGE.write_text(head + "".join(one.row for one in told) + _TAIL, encoding="utf-8")
+    ordered = sorted(rows.items(), key=lambda item: item[0])
+    PAGE.write_text(head + _LINE + "".join(f"{row}\n" for _, row in ordered) + _TAIL, encoding="utf-8")
+
+
+def _place(row: str) -> tuple[str, str]:
+    """Client and front of a row."""
+    cells = row.split("|")
+    return cells[1].strip(), cells[3].strip()
