@@ -9,9 +9,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 
 class DeviceQueue(Protocol):
@@ -19,6 +21,10 @@ class DeviceQueue(Protocol):
 
     def submit(self, job: Callable[[], Any]) -> Future[Any]:
         """Puts a job at the end; the future holds what it returned or raised."""
+        ...
+
+    def prepare(self, job: Callable[[], T]) -> T:
+        """Runs a job where the others will run, without inference mode, and waits: for what comes before serving."""
         ...
 
 
@@ -31,9 +37,18 @@ class StreamQueue:
         future.set_result(_in_inference_mode(job))
         return future
 
+    def prepare(self, job: Callable[[], T]) -> T:
+        """See `DeviceQueue`."""
+        return job()
+
 
 class ThreadQueue:
-    """CPU: a thread that computes."""
+    """CPU: a thread that computes, and the only one of the process.
+
+    libgomp's threads wait for each other in a loop for a while before they sleep, so that a step of hundreds of
+    parallel loops is not one of hundreds of wake-ups; but not if there are more of them than cores, and every thread
+    that computes has a team of its own.
+    """
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tpserve-device")
@@ -41,6 +56,10 @@ class ThreadQueue:
     def submit(self, job: Callable[[], Any]) -> Future[Any]:
         """See `DeviceQueue`."""
         return self._thread.submit(_in_inference_mode, job)
+
+    def prepare(self, job: Callable[[], T]) -> T:
+        """See `DeviceQueue`."""
+        return self._thread.submit(job).result()
 
 
 def _in_inference_mode(job: Callable[[], Any]) -> Any:

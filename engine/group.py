@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from tpserve.engine.config import EngineConfig
 from tpserve.engine.core import CoreShape, EngineCore
+from tpserve.engine.device_queue import DeviceQueue, device_queue
 from tpserve.engine.errors import ConfigError
 from tpserve.engine.guided import Grammars
 from tpserve.engine.model_runner import ModelRunner
@@ -104,6 +105,21 @@ def build_core(config: EngineConfig, device: torch.device, tp: TensorParallel) -
     Raises:
         CheckpointError, ConfigError: what was asked for cannot be served; the message says what to change.
     """
+    queue = device_queue(device)
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # here; the device's thread has them all
+    loaded, num_blocks, runner = queue.prepare(lambda: _load(config, device, tp, queue))
+    vocab_size = loaded.info.args.vocab_size
+    tokenizer = Tokenizer.from_checkpoint(Path(config.checkpoint_dir))
+    grammars = None if tokenizer is None else Grammars(tokenizer, vocab_size)
+    shape = CoreShape(num_blocks, config.max_seq_len, loaded.info.eos_token_id, vocab_size)
+    return EngineCore(config, shape, runner, tp.rank, grammars)
+
+
+def _load(
+    config: EngineConfig, device: torch.device, tp: TensorParallel, queue: DeviceQueue
+) -> tuple[LoadedModel, int, ModelRunner]:
+    """The weights, the number of KV blocks, and what computes with them; in the device's thread."""
     if device.type == "cpu":
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // tp.size)))))
     started_s = time.monotonic()
@@ -129,14 +145,10 @@ def build_core(config: EngineConfig, device: torch.device, tp: TensorParallel) -
             f"the KV cache holds {num_blocks} blocks, one sequence of max_seq_len {config.max_seq_len} needs {needed}; "
             "lower max_seq_len, or raise num_kv_blocks, kv_cache_bytes or gpu_memory_utilization"
         )
-    vocab_size = loaded.info.args.vocab_size
-    runner = _runner(config, loaded, _cache(config, loaded, num_blocks), graphs=True)
+    runner = _runner(config, loaded, _cache(config, loaded, num_blocks), graphs=True, queue=queue)
     runner.warm_up()
     logger.info("ready to compute after %.2f s", time.monotonic() - started_s)
-    tokenizer = Tokenizer.from_checkpoint(Path(config.checkpoint_dir))
-    grammars = None if tokenizer is None else Grammars(tokenizer, vocab_size)
-    shape = CoreShape(num_blocks, config.max_seq_len, loaded.info.eos_token_id, vocab_size)
-    return EngineCore(config, shape, runner, tp.rank, grammars)
+    return loaded, num_blocks, runner
 
 
 def _dtype(config: EngineConfig) -> torch.dtype:
@@ -145,14 +157,16 @@ def _dtype(config: EngineConfig) -> torch.dtype:
     return dtype
 
 
-def _runner(config: EngineConfig, loaded: LoadedModel, cache: PagedKVCache, *, graphs: bool) -> ModelRunner:
+def _runner(
+    config: EngineConfig, loaded: LoadedModel, cache: PagedKVCache, *, graphs: bool, queue: DeviceQueue | None = None
+) -> ModelRunner:
     def network(tokens_RL: torch.Tensor, tables_RB: torch.Tensor) -> Network:
         return choose_network(
             loaded.model, cache, tokens_RL, tables_RB, loaded.tp, max_num_seqs=config.max_num_seqs,
             fused=config.fused_kernels, graphs=graphs and config.cuda_graphs,
         )  # fmt: skip
 
-    return ModelRunner(network, loaded.info.args.vocab_size, loaded.device, cache, config)
+    return ModelRunner(network, loaded.info.args.vocab_size, loaded.device, cache, config, queue)
 
 
 def _cache(config: EngineConfig, loaded: LoadedModel, num_blocks: int) -> PagedKVCache:

@@ -17,7 +17,7 @@ import torch
 
 from tpserve.engine.batch import Array, BatchState, Changes, DrawBuilder, Draws, Uploader
 from tpserve.engine.config import EngineConfig
-from tpserve.engine.device_queue import device_clock, device_queue
+from tpserve.engine.device_queue import DeviceQueue, device_clock, device_queue
 from tpserve.engine.protocol import PromptLogprob, TopLogprobs
 from tpserve.engine.sequence import Sequence
 from tpserve.engine.step import Candidate, StepPlan, StepResult
@@ -70,6 +70,7 @@ class ModelRunner:
         device: where it is.
         cache: its KV cache.
         config: sizes.
+        queue: of the device; None: a new one.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class ModelRunner:
         device: torch.device,
         cache: PagedKVCache,
         config: EngineConfig,
+        queue: DeviceQueue | None = None,
     ) -> None:
         self._cache, self._device = cache, device
         self._state = BatchState(
@@ -87,7 +89,7 @@ class ModelRunner:
         self.network = make_network(self._state.tokens_RL, self._state.tables_RB)
         self._upload = Uploader(device)
         self._draws = DrawBuilder(vocab_size, self._upload)
-        self._queue, self._clock = device_queue(device), device_clock(device)
+        self._queue, self._clock = queue or device_queue(device), device_clock(device)
 
     @torch.inference_mode()
     def warm_up(self) -> None:
