@@ -37,22 +37,23 @@ function say(text, wrong = false) {
   $("status").classList.toggle("wrong", wrong);
 }
 
-function explain(error) {
+/** What to say of an error; `lead`: the user waits for this answer, and is led to where something is to be done. */
+function explain(error, lead = true) {
   if (error instanceof Refused && error.status === 401) {
     $("settings").open = true;
-    $("key").focus();
+    if (lead) $("key").focus(); // whoever types elsewhere meanwhile would type into it
     return "This server asks for an API key: enter it in the settings.";
   }
   return error instanceof Refused ? error.message : "The server cannot be reached.";
 }
 
-async function readModel() {
+async function readModel(lead = false) {
   try {
     model = (await (await ask("v1/models", { key: key() })).json()).data[0].id;
     $("model").textContent = model;
     say("");
   } catch (error) {
-    say(explain(error), true);
+    say(explain(error, lead || document.activeElement === document.body), true);
   }
 }
 
@@ -92,7 +93,7 @@ async function send() {
   const content = $("message").value;
   const chosen = sampling();
   if (running || !content.trim() || chosen === null) return;
-  if (model === null) await readModel();
+  if (model === null) await readModel(true);
   if (model === null) return;
   running = new AbortController();
   const history = turns; // another one after "New chat"
