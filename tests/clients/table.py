@@ -28,10 +28,11 @@ _TAIL = """
 | `vllm bench serve` | needs vLLM, and that a CUDA build of PyTorch |
 | the chat page on TorchServe | only `tpserve serve` has it |
 
-Schemathesis runs all of its checks, under `tests/clients/schemathesis.toml`: a body that obeys the schema may be answered 400,
-for a schema cannot say how the last message's role, the vocabulary and the context's length bear on it. What it finds on
-TorchServe is TorchServe's own: Netty's 413 has neither body nor content type, and handlers are not told a request's method, so
-that TRACE is answered as POST is.
+Schemathesis runs all of its checks, under `tests/clients/schemathesis.toml`: a body that obeys the schema may be
+answered 400 or 413, and one that does not 413, too, for a schema cannot say how the last message's role, the
+vocabulary, the context's length and the limit on bytes bear on it. What it finds on TorchServe is TorchServe's own:
+Netty's 413 has neither body nor content type, and handlers are not told a request's method, so that TRACE is answered
+as POST is.
 
 GuideLLM's figures are of a busy two-core machine: that it measures is shown, not how fast we are.
 """
