@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shutil
@@ -65,7 +64,6 @@ def test_fetch(served: Served) -> None:
     assert 0 < tokens(run(served, "node", "fetch.mjs")) <= 32
 
 
-@pytest.mark.skipif(importlib.util.find_spec("langchain_openai") is None, reason="langchain-openai is not installed")
 def test_langchain(served: Served) -> None:
     told = run(served, sys.executable, "langchain_example.py")
     assert 0 < tokens(told) <= 32
