@@ -1,0 +1,193 @@
+"""Where a step's time goes on a GPU, kernel by kernel: `python -m tpserve.bench.kernel_times --model 7B`.
+
+Steps of the network alone, at a model's real shapes with random weights: prompts of `--prefill` tokens, and decode steps
+of `--decode` batch x context. For each: the median time by the device's clock; the floor, which is the longer of what
+its bytes take at the memory's bandwidth and what its operations take at the processors' rate; every kernel's calls and
+time, by torch's profiler; and the gap: the step's time less its kernels' (negative where they overlap). Several ranks:
+`torchrun --nproc-per-node 2 -m tpserve.bench.kernel_times --tp 2 …`.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import fire
+import torch
+import torch.distributed as dist
+
+from tpserve.bench.convert_memory import write_result
+from tpserve.bench.decode_step import MODELS, random_model
+from tpserve.bench.engine_runs import floor_ms
+from tpserve.model.attention import SequenceSlice
+from tpserve.model.kv_cache import PagedKVCache
+from tpserve.model.network import FusedNetwork, StepInputs
+from tpserve.model.parallel import TensorParallel, kv_heads_per_rank
+
+BYTES_PER_S, FLOP_PER_S = 4.24e12, 790e12  # an H200's, measured: reading, and bfloat16 products
+_BLOCK_SIZE = 16
+
+
+class Steps:
+    """A network with a cache large enough for every step.
+
+    Args:
+        model: a key of `MODELS`.
+        tp: this rank's place.
+        device: of this rank.
+        batch: the largest.
+        length: the longest sequence.
+        tokens: that the cache holds.
+    """
+
+    def __init__(
+        self, model: str, tp: TensorParallel, device: torch.device, batch: int, length: int, tokens: int
+    ) -> None:
+        self.args, self._device = MODELS[model], device
+        num_blocks = tokens // _BLOCK_SIZE + batch
+        llama = random_model(self.args, tp, device, max_len=length + 1)
+        self._cache = PagedKVCache(
+            self.args.n_layers, num_blocks, _BLOCK_SIZE, kv_heads_per_rank(self.args, tp.size), self.args.head_dim,
+            dtype=torch.bfloat16, device=device,
+        )  # fmt: skip
+        for tensor in (*self._cache.k, *self._cache.v):
+            tensor.normal_()
+        generator = torch.Generator().manual_seed(1)
+        self._order = torch.randperm(num_blocks, generator=generator).to(device)
+        tokens_RL = torch.randint(self.args.vocab_size, (batch, length + 1), generator=generator).to(device)
+        self._tables_RB = torch.zeros(batch, -(-length // _BLOCK_SIZE), dtype=torch.int64, device=device)
+        self.network = FusedNetwork(
+            llama, self._cache, tokens_RL, self._tables_RB, tp, max_num_seqs=batch, graphs=True
+        )  # fmt: skip
+        with torch.inference_mode():
+            self.network.warm_up()
+
+    def prefill(self, num_tokens: int, each: int = 512) -> StepInputs:
+        """Prompts of up to `each` tokens, `num_tokens` together; up to 1,024 are one prompt."""
+        each = num_tokens if num_tokens <= 1024 else each
+        n = -(-num_tokens // each)
+        self._lay_out(n, each)
+        rows = torch.arange(n, device=self._device).repeat_interleave(each)
+        positions = torch.arange(each, device=self._device).repeat(n)
+        starts = [i * each for i in range(n + 1)]
+        chunks = torch.tensor([[*range(n), 0], starts, [0] * (n + 1)], device=self._device)
+        lasts = torch.tensor([start - 1 for start in starts[1:]], device=self._device)
+        return StepInputs(rows, positions, [], [SequenceSlice(0, each)] * n, chunks, lasts)
+
+    def decode(self, batch: int, context: int) -> StepInputs:
+        """One token of each of `batch` sequences of `context` tokens."""
+        self._lay_out(batch, context)
+        rows = torch.arange(batch, device=self._device)
+        return StepInputs(rows, torch.full_like(rows, context - 1), [context] * batch, [], None, None)
+
+    def _lay_out(self, n: int, length: int) -> None:
+        blocks = -(-length // _BLOCK_SIZE)
+        self._tables_RB[:n, :blocks] = self._order[: n * blocks].view(n, blocks)
+
+
+@torch.inference_mode()
+def time_ms(step: Callable[[], Any], repeats: int = 5, steps: int = 10) -> float:
+    """Median over `repeats` of the mean of `steps` in a row, by the device's clock."""
+    times = []
+    for repeat in range(repeats + 1):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record()
+        for _ in range(steps):
+            step()
+        end.record()
+        end.synchronize()
+        if repeat:  # the first warms up
+            times.append(start.elapsed_time(end) / steps)
+    return statistics.median(times)
+
+
+@torch.inference_mode()
+def kernels(step: Callable[[], Any], steps: int = 3) -> list[dict[str, Any]]:
+    """Kernels of a step, longest together first."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(steps):
+            step()
+        torch.cuda.synchronize()
+    rows = [
+        {"kernel": event.key[:70], "calls": event.count / steps, "ms": event.self_device_time_total / steps / 1e3}
+        for event in profile.key_averages()
+        if event.self_device_time_total
+    ]
+    return sorted(rows, key=lambda row: -row["ms"])
+
+
+def main(
+    model: str = "7B",
+    tp: int = 1,
+    prefill: str = "128,1024,8192",
+    decode: str = "1x128,8x1024,64x640,256x640",
+    shown: int = 14,
+) -> None:
+    """Prints the tables.
+
+    Args:
+        model: a key of `decode_step.MODELS`.
+        tp: ranks.
+        prefill: numbers of tokens.
+        decode: batches and contexts.
+        shown: kernels of each step.
+    """
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    if tp > 1:
+        dist.init_process_group("nccl", device_id=device)
+    group = TensorParallel.from_world()
+    prefills = [int(x) for x in str(prefill).strip("()").split(",") if x.strip()]
+    decodes = [(int(b), int(c)) for b, c in (pair.split("x") for pair in str(decode).strip("()").split(",") if pair)]
+    batch = max([b for b, _ in decodes] + [1 + n // 512 for n in prefills])
+    steps = Steps(
+        model, group, device, batch, max([c for _, c in decodes] + [1024]),
+        max([b * (c + 16) for b, c in decodes] + prefills),
+    )  # fmt: skip
+    results = []
+    for name, inputs, num_tokens, floor in [
+        *((f"prefill {n}", steps.prefill(n), n, floor_ms(steps.args, tp, 0, 0, BYTES_PER_S, 2)) for n in prefills),
+        *((f"decode {b}x{c}", steps.decode(b, c), b, floor_ms(steps.args, tp, b, c, BYTES_PER_S, 2))
+          for b, c in decodes),
+    ]:  # fmt: skip
+        args = steps.args
+        heads = 2 * args.n_heads + 2 * args.n_kv_heads
+        layer = args.dim * (heads * args.head_dim + 3 * args.ffn_hidden_dim)
+        flop = 2 * num_tokens * args.n_layers * layer / tp
+        # Steps' tables share memory: each is laid out again before it runs.
+        again = steps.prefill if not inputs.decode_lens else steps.decode
+        inputs = again(num_tokens) if not inputs.decode_lens else again(num_tokens, inputs.decode_lens[0])  # type: ignore[call-arg]
+
+        def run(inputs: StepInputs = inputs) -> Any:
+            return steps.network(inputs)
+
+        ms = time_ms(run)
+        table = kernels(run)
+        own_ms = sum(row["ms"] for row in table)
+        bound = {"memory": floor, "processors": 1e3 * flop / FLOP_PER_S}
+        which = max(bound, key=lambda key: bound[key])
+        results.append(
+            {"step": name, "ms": ms, "floor_ms": bound[which], "bound": which, "gap_ms": ms - own_ms,
+             "kernels": table[:shown]}
+        )  # fmt: skip
+        if group.rank == 0:
+            print(f"\n{model} TP{tp} {name}: {ms:.3f} ms, {bound[which] / ms:.0%} of the floor ({bound[which]:.2f} ms, "
+                  f"{which}); kernels {own_ms:.3f} ms, gap {ms - own_ms:.3f} ms", flush=True)  # fmt: skip
+            for row in table[:shown]:
+                print(f"  {row['ms']:8.3f} ms {row['calls']:7.1f} x {1e3 * row['ms'] / row['calls']:8.2f} us  "
+                      f"{row['kernel']}", flush=True)  # fmt: skip
+    if group.rank == 0:
+        gpu = torch.cuda.get_device_name(device).replace(" ", "-")
+        command = f"python -m tpserve.bench.kernel_times --model {model} --tp {tp}"
+        write_result(f"kernel_times-{gpu}-{model}-tp{tp}", command, {"steps": results})
+    steps.network.close()
+    gc.collect()
+    if tp > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    fire.Fire(main)
