@@ -17,6 +17,7 @@ from tpserve.convert.dcp_writer import ITEM_OVERHEAD_BYTES, N_CHUNKS, write_dcp
 from tpserve.convert.errors import ConvertError
 from tpserve.convert.manifest import Manifest
 from tpserve.convert.output_folder import check_disk_space, check_out_dir, new_folder
+from tpserve.convert.shard_files import verify_shard
 from tpserve.convert.source import Source, open_source
 from tpserve.convert.tokenizer import TOKENIZER_FILE, Tokenizer, find_tokenizer
 from tpserve.model.checkpoint import MODEL_FILE, CheckpointInfo
@@ -75,6 +76,11 @@ def convert(
         tokenizer = find_tokenizer(source_dir, Path(tokenizer_path) if tokenizer_path else None, source.args.vocab_size)
         with _bar("checking md5", sum(f.stat().st_size for f in sums), progress and bool(sums)) as bar:
             verify_checklist(sums, bar.update)
+        unlisted = [shard for shard in source.shards if shard.path not in sums]
+        unlisted_bytes = sum(shard.path.stat().st_size for shard in unlisted if shard.mapped)
+        with _bar("checking crc32", unlisted_bytes, progress and bool(unlisted)) as bar:
+            for shard in unlisted:
+                verify_shard(shard, bar.update)
     except OSError as e:
         raise ConvertError(f"{e.filename or source_dir} cannot be read: {e.strerror}") from e
     out_dtype = _DTYPES[dtype] if dtype else source.dtype
@@ -84,7 +90,7 @@ def convert(
     )
     check_disk_space(target, weight_bytes + overhead_bytes)
 
-    with new_folder(target) as folder:
+    with new_folder(target, weight_bytes + overhead_bytes) as folder:
         manifest = Manifest(folder)
         with _bar("writing", weight_bytes, progress) as bar:
             write_dcp(folder, source.tensors, out_dtype, manifest, bar.update)

@@ -78,6 +78,7 @@ def write_dcp(
                 for index, (lo, hi) in enumerate(bounds):
                     data = _read_chunk(tensor, dim, lo, hi, dtype)
                     offset = file.position
+                    file.begin_chunk()
                     _torch_save(data, file)
                     on_bytes(data.nbytes)
                     begin = torch.Size(lo if d == dim else 0 for d in range(data.ndim))

@@ -1,10 +1,14 @@
-"""`manifest.json`: SHA-256 and size of every file of a converted folder, computed while the bytes are written."""
+"""`manifest.json`: SHA-256 and size of every file of a converted folder and the CRC-32 of every chunk of weights.
+
+All are computed while the bytes are written. `tpserve.model.manifest` is the other side.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -20,12 +24,15 @@ class HashedFile:
 
     Attributes:
         position: bytes written so far.
+        crc32: of each chunk, by the position at which it begins.
     """
 
     def __init__(self, path: Path) -> None:
         self.position = 0
+        self.crc32: dict[int, int] = {}
         self._file = path.open("xb", buffering=0)
         self._hash = hashlib.sha256()
+        self._chunk: int | None = None  # where the present one began
 
     def __enter__(self) -> HashedFile:
         return self
@@ -44,8 +51,15 @@ class HashedFile:
         while written < len(view):
             written += self._file.write(view[written:]) or 0
         self._hash.update(view)
+        if self._chunk is not None:
+            self.crc32[self._chunk] = zlib.crc32(view, self.crc32[self._chunk])
         self.position += written
         return written
+
+    def begin_chunk(self) -> None:
+        """What is written from here on, up to the next chunk or the end, gets a CRC-32 of its own."""
+        self._chunk = self.position
+        self.crc32[self.position] = 0
 
     def hexdigest(self) -> str:
         """SHA-256 of what was written so far."""
@@ -59,10 +73,13 @@ class Manifest:
         self._folder = folder
         self._sha256: dict[str, str] = {}
         self._bytes: dict[str, int] = {}
+        self._crc32: dict[str, dict[int, str]] = {}
 
     def add(self, name: str, file: HashedFile) -> None:
         """Records a finished file."""
         self._sha256[name], self._bytes[name] = file.hexdigest(), file.position
+        if file.crc32:
+            self._crc32[name] = {position: f"{crc:08x}" for position, crc in file.crc32.items()}
 
     def write_bytes(self, name: str, data: bytes) -> None:
         """Writes and records a small file."""
@@ -79,7 +96,8 @@ class Manifest:
 
     def write(self) -> None:
         """Writes `manifest.json` itself."""
-        text = json.dumps({"sha256": self._sha256, "bytes": self._bytes}, indent=2, sort_keys=True) + "\n"
+        fields = {"sha256": self._sha256, "bytes": self._bytes, "crc32": self._crc32}
+        text = json.dumps(fields, indent=2) + "\n"
         with HashedFile(self._folder / MANIFEST_FILE) as f:
             f.write(text.encode())
 

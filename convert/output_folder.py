@@ -40,22 +40,33 @@ def check_disk_space(out_dir: Path, needed_bytes: int) -> None:
     Raises:
         ConvertError: there is too little room; the message names both numbers.
     """
+    said = _room(out_dir, needed_bytes)
+    if _free_bytes(out_dir)[1] < needed_bytes:
+        raise ConvertError(f"{said}; free some space or choose another --out_dir")
+
+
+def _free_bytes(out_dir: Path) -> tuple[Path, int]:
+    """The folder that is there already, and what is free below it."""
     ancestor = next(p for p in out_dir.parents if p.exists())
-    free_bytes = shutil.disk_usage(ancestor).free
-    if free_bytes < needed_bytes:
-        free_mib, needed_mib = free_bytes >> 20, -(-needed_bytes >> 20)
-        raise ConvertError(
-            f"{ancestor} has {free_mib:,} MiB free, the converted checkpoint needs {needed_mib:,} MiB; "
-            "free some space or choose another --out_dir"
-        )
+    return ancestor, shutil.disk_usage(ancestor).free
+
+
+def _room(out_dir: Path, needed_bytes: int) -> str:
+    ancestor, free_bytes = _free_bytes(out_dir)
+    free_mib, needed_mib = free_bytes >> 20, -(-needed_bytes >> 20)
+    return (
+        f"{ancestor} has {free_mib:,} MiB free ({free_bytes:,} bytes), "
+        f"the converted checkpoint needs {needed_mib:,} MiB ({needed_bytes:,} bytes)"
+    )
 
 
 @contextlib.contextmanager
-def new_folder(out_dir: Path) -> Iterator[Path]:
+def new_folder(out_dir: Path, needed_bytes: int = 0) -> Iterator[Path]:
     """Yields an empty folder beside `out_dir`; a normal end renames it to `out_dir`, any other end removes it.
 
     Args:
         out_dir: an absolute path without links.
+        needed_bytes: that will be written, for the message when the disk is full.
 
     Raises:
         ConvertError: another conversion writes there, or the disk is full or not writable.
@@ -81,15 +92,16 @@ def new_folder(out_dir: Path) -> Iterator[Path]:
         except BaseException as e:
             shutil.rmtree(partial, ignore_errors=True)
             if isinstance(e, OSError):
-                raise ConvertError(_what_happened(e, out_dir)) from e
+                raise ConvertError(_what_happened(e, out_dir, needed_bytes)) from e
             raise
         finally:
             os.close(lock)
 
 
-def _what_happened(error: OSError, out_dir: Path) -> str:
+def _what_happened(error: OSError, out_dir: Path, needed_bytes: int) -> str:
     if error.errno in _DISK_FULL:
-        return f"the disk is full ({error.strerror}) while writing {out_dir}; nothing was left behind"
+        room = _room(out_dir, needed_bytes)
+        return f"the disk is full ({error.strerror}) while writing {out_dir}; nothing was left behind; {room}"
     if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
         return f"{out_dir} was written by another conversion in the meantime; it was left as it is"
     return f"{error.filename or out_dir}: {error.strerror or error}; nothing was left behind"

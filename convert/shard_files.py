@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import pickle
 import re
+import zipfile
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,6 +17,7 @@ from tpserve.convert.layout import is_dropped
 from tpserve.convert.sniff import is_legacy_torch_file, why_not_torch_file
 
 _SHARD_NAME = re.compile(r"consolidated\.(\d\d)\.pth")
+_READ_BYTES = 1 << 20
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -62,6 +66,8 @@ def open_shard(path: Path) -> Shard:
     if reason:
         raise ConvertError(f"{path} {reason}")
     mapped = not is_legacy_torch_file(path)
+    if mapped:
+        _check_number(path)
     try:
         content = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
     except pickle.UnpicklingError as e:
@@ -79,6 +85,56 @@ def open_shard(path: Path) -> Shard:
     for key, value in content.items():
         _check_weight(path, key, value)
     return Shard(path, {k: v.detach() for k, v in content.items() if not is_dropped(k)}, mapped)
+
+
+def verify_shard(shard: Shard, on_bytes: Callable[[int], object] = lambda n: None) -> None:
+    """Compares every record of a zip-format shard with the CRC-32 that `torch.save` gave it.
+
+    Args:
+        shard: one of a folder without `checklist.chk`; files of torch before 1.6 have no such sums and pass.
+        on_bytes: called with the number of bytes of every piece.
+
+    Raises:
+        ConvertError: one differs; the message names the file and the key.
+        OSError: of the disk.
+    """
+    if not shard.mapped:
+        return
+    with zipfile.ZipFile(shard.path) as archive:
+        for record in archive.infolist():
+            try:
+                with archive.open(record) as f:  # compares at the end of the record
+                    while piece := f.read(_READ_BYTES):
+                        on_bytes(len(piece))
+            except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, zlib.error):
+                raise ConvertError(
+                    f"{shard.path} is damaged: {_key(shard, archive, record)} does not have the CRC-32 that it was "
+                    "saved with; download it again"
+                ) from None
+
+
+def _key(shard: Shard, archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> str:
+    """The weight in a record: records lie in the file, and weights in the map of it, in the same order."""
+    records = [r for r in archive.infolist() if r.filename.rpartition("/")[0].endswith("/data")]
+    records.sort(key=lambda r: r.header_offset)
+    storages: dict[int, str] = {}
+    for name, weight in shard.tensors.items():
+        storages.setdefault(weight.untyped_storage().data_ptr(), name)
+    if record not in records or len(storages) != len(records):  # buffers that were dropped are missing
+        return f"its record {record.filename}"
+    return storages[sorted(storages)[records.index(record)]]
+
+
+def _check_number(path: Path) -> None:
+    """`torch.save` calls the archive in a file after the file: shards that were exchanged are known by that."""
+    with zipfile.ZipFile(path) as archive:
+        root = archive.namelist()[0].partition("/")[0]
+    written = _SHARD_NAME.fullmatch(f"{root}.pth")
+    if written is not None and _SHARD_NAME.fullmatch(path.name) and f"{root}.pth" != path.name:
+        raise ConvertError(
+            f"{path} was written as {root}.pth: were the shards exchanged? give them back their names, or download "
+            "them again"
+        )
 
 
 def _check_weight(path: Path, key: object, value: object) -> None:

@@ -32,14 +32,14 @@ class Source:
         params: `params.json` as it stands.
         tensors: every parameter, in the order in which it is written.
         dtype: of the embedding, and so of the model.
-        shards: the files, in rank order.
+        shards: the opened files, in rank order.
     """
 
     args: ModelArgs
     params: dict[str, object]
     tensors: tuple[SourceTensor, ...]
     dtype: torch.dtype
-    shards: tuple[Path, ...]
+    shards: tuple[Shard, ...]
 
 
 def open_source(ckpt_dir: Path) -> Source:
@@ -62,7 +62,7 @@ def open_source(ckpt_dir: Path) -> Source:
     for shard in shards:
         _check_names(shard, args)
     tensors = tuple(_join(name, shards, args, embedding_dim) for name in parameter_names(args.n_layers))
-    return Source(args, params, tensors, shards[0].tensors[EMBEDDING].dtype, tuple(paths))
+    return Source(args, params, tensors, shards[0].tensors[EMBEDDING].dtype, tuple(shards))
 
 
 def _read_params(path: Path) -> dict[str, object]:
@@ -128,6 +128,11 @@ def _join(name: str, shards: list[Shard], args: ModelArgs, embedding_dim: int) -
             raise ConvertError(
                 f"{shard.path}: {name} is {format_shape(tuple(part.shape))}, but params.json makes it "
                 f"{format_shape(tuple(expected))} in each of {len(shards)} shards: wrong params.json or wrong shard"
+            )
+        if part.dtype != parts[0].dtype:
+            raise ConvertError(
+                f"{shard.path}: {name} is {part.dtype}, but {parts[0].dtype} in {shards[0].path.name}: "
+                "the shards are of different models"
             )
     mapped = all(shard.mapped for shard in shards)
     if join_dim is not None:

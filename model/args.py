@@ -138,7 +138,7 @@ def read_params_json(path: Path) -> dict[str, Any]:
     """
     try:
         params = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as e:
+    except (ValueError, RecursionError) as e:  # not UTF-8, not JSON, a number of ten thousand digits, or too deep
         raise ModelArgsError(f"{path} is not JSON ({e})") from None
     if not isinstance(params, dict):
         raise ModelArgsError(f"{path} holds a JSON {type(params).__name__}, not an object")

@@ -57,8 +57,10 @@ class CheckpointInfo:
             raise CheckpointError(f"{path} does not exist; {remedy}")
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as e:
+        except (ValueError, RecursionError) as e:  # not UTF-8, not JSON, a number of ten thousand digits, or too deep
             raise CheckpointError(f"{path} is not JSON ({e}); convert the checkpoint again") from None
+        except OSError as e:
+            raise CheckpointError(f"{path} cannot be read: {e.strerror}") from None
         if not isinstance(fields, dict) or fields.get("format") != FORMAT:
             raise CheckpointError(f"{path} is not a {FORMAT} file; convert the checkpoint again")
         if fields.get("version") != VERSION:

@@ -13,20 +13,38 @@ import pickle
 import struct
 import warnings
 import zipfile
+import zlib
 from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
 from tpserve.model.checkpoint import CheckpointError
+from tpserve.model.manifest import StoredManifest
 
-_ALLOWED_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+# Each by its name: a module has everything that it imports, and a pickle may ask for a dotted name in it (`os.system`).
 _ALLOWED_NAMES = {
+    *(
+        ("torch.distributed.checkpoint.metadata", name)
+        for name in (
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
+            "_MEM_FORMAT_ENCODING",
+        )
+    ),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("torch", "Size"),
     ("torch", "device"),
     ("torch.serialization", "_get_layout"),
@@ -38,26 +56,34 @@ _ALLOWED_NAMES = {
 }
 _LOCAL_FILE_HEADER_BYTES = 30  # of the zip format, before file name and extra field
 _PREFETCH_BYTES = 128 << 10  # the kernel cuts a longer wish to its read-ahead window
+_PIECE_BYTES = 16 << 20  # asked for, then read
+_CHECK_THREADS = 4
 
 
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype | torch.layout)
-        if module in _ALLOWED_MODULES or (module, name) in _ALLOWED_NAMES or is_dtype:
+        if (module, name) in _ALLOWED_NAMES or is_dtype:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} has no place in checkpoint metadata")
 
 
 class MmapReader(FileSystemReader):
-    """Reads slices of a checkpoint written by `FileSystemWriter` (or ours) through mmap.
+    """Reads slices of a checkpoint written by `FileSystemWriter` (or ours) through mmap; keeps no map afterwards.
+
+    Args:
+        folder: of the checkpoint.
+        manifest: what every chunk that is read is held against; None: nothing is.
 
     Attributes:
+        manifest: see above.
         bytes_copied: of tensor data so far, in the stored dtype.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, manifest: StoredManifest | None = None) -> None:
         super().__init__(folder)
         self._folder = folder
+        self.manifest = manifest
         self._metadata: Metadata | None = None
         self.bytes_copied = 0
 
@@ -81,26 +107,65 @@ class MmapReader(FileSystemReader):
         return metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Copies each planned slice into its target tensor, converting the dtype on the way."""
+        """Copies each planned slice into its target tensor, converting the dtype on the way.
+
+        Raises:
+            CheckpointError: a file is missing, damaged, or not the one that was written; the message names it.
+        """
         by_file: dict[str, list[ReadItem]] = defaultdict(list)
         for item in plan.items:
-            by_file[self.storage_data[item.storage_index].relative_path].append(item)
-        for name, items in by_file.items():
-            path = self._folder / name
-            try:
-                with path.open("rb") as f:
-                    data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)  # unmapped with its last view
-                # The kernel's read-ahead would fetch neighbouring chunks, which are other ranks'; see `_view`.
-                data.madvise(mmap.MADV_RANDOM)
-                for item in items:
-                    self._copy(data, path, item, planner)
-            except CheckpointError:
-                raise
-            except (FileNotFoundError, ValueError, struct.error, zipfile.BadZipFile, StopIteration) as e:
-                raise CheckpointError(f"{path} is missing or damaged ({e!r}); convert the checkpoint again") from None
+            where = self.storage_data.get(item.storage_index)
+            if where is None:
+                raise CheckpointError(f"{self._folder / '.metadata'} does not say where {item.storage_index.fqn} is")
+            by_file[where.relative_path].append(item)
+        with ThreadPoolExecutor(_CHECK_THREADS, "tpserve-crc32") as pool:
+            for name, items in by_file.items():
+                path = self._folder / name
+                try:
+                    self._read_file(path, items, planner, pool)
+                except CheckpointError:
+                    raise
+                except Exception as e:  # noqa: BLE001 - a damaged file can make the readers of zip files raise anything
+                    reason = next(iter(str(e).splitlines()), "") or type(e).__name__
+                    raise CheckpointError(
+                        f"{path} is missing or damaged ({reason}); convert the checkpoint again"
+                    ) from None
         done: Future[None] = Future()
         done.set_result(None)
         return done
+
+    def _read_file(self, path: Path, items: list[ReadItem], planner: LoadPlanner, pool: ThreadPoolExecutor) -> None:
+        if path.parent != self._folder or not path.is_file():  # nor a pipe that would be waited for
+            raise CheckpointError(f"{path} is no file of this checkpoint; convert the checkpoint again")
+        if self.manifest is not None and path.name not in self.manifest.crc32:
+            self.manifest.check_whole(path.name)
+        with path.open("rb") as f:
+            data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)  # unmapped with its last view
+        # The kernel's read-ahead would fetch neighbouring chunks, which are other ranks'; see `_pieces`.
+        data.madvise(mmap.MADV_RANDOM)
+        checked = {item.storage_index: pool.submit(self._check, data, path, item.storage_index) for item in items}
+        for item in items:
+            checked[item.storage_index].result()
+            self._copy(data, path, item, planner)
+
+    def _check(self, data: mmap.mmap, path: Path, index: MetadataIndex) -> None:
+        """Reads a stored chunk and holds it against the manifest; zlib lets other threads run meanwhile."""
+        where = self.storage_data[index]
+        if not 0 <= where.offset <= where.offset + where.length <= len(data):
+            raise CheckpointError(f"{path} ends before {index.fqn}; convert the checkpoint again")
+        crc = 0
+        for begin, end in _pieces(data, where.offset, where.offset + where.length):
+            crc = zlib.crc32(memoryview(data)[begin:end], crc)
+        if self.manifest is None or path.name not in self.manifest.crc32:
+            return
+        expected = self.manifest.crc32[path.name].get(where.offset)
+        if crc != expected:
+            said = "does not know it" if expected is None else f"says {expected:08x}"
+            raise CheckpointError(
+                f"{path} is damaged or belongs to another layer or model: the CRC-32 of {index.fqn} (byte "
+                f"{where.offset}) is {crc:08x}, the manifest {said}; copy the folder again, or convert the checkpoint "
+                f"again"
+            )
 
     def _copy(self, data: mmap.mmap, path: Path, item: ReadItem, planner: LoadPlanner) -> None:
         stored = self._view(data, item)
@@ -133,12 +198,18 @@ class MmapReader(FileSystemReader):
         dtype, count = tensor_metadata.properties.dtype, chunk.sizes.numel()
         if record.file_size != count * dtype.itemsize:
             raise ValueError(f"{item.storage_index.fqn} has {record.file_size} bytes, not {count * dtype.itemsize}")
-        end = start + record.file_size
-        for piece in range(start // mmap.PAGESIZE * mmap.PAGESIZE, end, _PREFETCH_BYTES):
-            data.madvise(mmap.MADV_WILLNEED, piece, min(_PREFETCH_BYTES, end - piece))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
             return torch.frombuffer(data, dtype=dtype, count=count, offset=start).view(chunk.sizes)
+
+
+def _pieces(data: mmap.mmap, begin: int, end: int) -> Iterator[tuple[int, int]]:
+    """The bytes [begin, end) of a map in pieces, each of which the kernel is asked for before it is yielded."""
+    for piece in range(begin, end, _PIECE_BYTES):
+        stop = min(piece + _PIECE_BYTES, end)
+        for wish in range(piece // mmap.PAGESIZE * mmap.PAGESIZE, stop, _PREFETCH_BYTES):
+            data.madvise(mmap.MADV_WILLNEED, wish, min(_PREFETCH_BYTES, stop - wish))
+        yield piece, stop
 
 
 class _Window(io.RawIOBase):

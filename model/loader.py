@@ -8,11 +8,13 @@ from pathlib import Path
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from tpserve.model.checkpoint import CheckpointError, CheckpointInfo
+from tpserve.model.checkpoint import MODEL_FILE, CheckpointError, CheckpointInfo
 from tpserve.model.dcp_reader import MmapReader
 from tpserve.model.llama import Llama
+from tpserve.model.manifest import StoredManifest
 from tpserve.model.parallel import TensorParallel, localize, parallelize
 from tpserve.model.rope import rope_table
 
@@ -64,21 +66,22 @@ def load_model(
     device = torch.device(device)
     info = CheckpointInfo.read(checkpoint_dir)
     dtype = dtype or getattr(torch, info.dtype)
-    with torch.device("meta"):
-        model = Llama(info.args, max_seq_len).to(dtype)
+    reader = None if dummy else _open_reader(checkpoint_dir, info)
+    try:
+        with torch.device("meta"):
+            model = Llama(info.args, max_seq_len).to(dtype)
+    except RuntimeError as e:  # sizes whose product no integer holds
+        raise CheckpointError(f"{checkpoint_dir / MODEL_FILE} describes no network ({e})") from None
     if tp.size > 1:
         parallelize(model, tp, device.type)
     model.to_empty(device=device)
-    if dummy:
+    if reader is None:
         localize(model, tp)
         _fill_randomly(model, seed=tp.rank)
         model.rope_PC2 = rope_table(info.args, max_seq_len, device)
         return LoadedModel(model.eval(), info, tp, device, dtype, 0)
-    reader = MmapReader(checkpoint_dir)
     state = model.state_dict()
-    missing = state.keys() - reader.read_metadata().state_dict_metadata.keys()
-    if missing:
-        raise CheckpointError(f"{checkpoint_dir} lacks {sorted(missing)[0]}; convert the checkpoint again")
+    _check_shapes(checkpoint_dir, {name: tuple(t.shape) for name, t in state.items()}, reader)
     # no_dist: coordination would pickle plans over sockets, and each rank can see for itself what it lacks.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -86,10 +89,65 @@ def load_model(
             load(state, storage_reader=reader, no_dist=True)
         except CheckpointException as e:  # how DCP wraps what the reader said
             reason = next((error for error, _ in e.failures.values()), e)
-            raise reason if isinstance(reason, CheckpointError) else CheckpointError(f"{checkpoint_dir}: {e}") from None
+            if isinstance(reason, CheckpointError):
+                raise reason from None
+            said = next(iter(str(reason).splitlines()), "") or type(reason).__name__
+            raise CheckpointError(f"{checkpoint_dir} cannot be read ({said}); convert the checkpoint again") from None
     localize(model, tp)
     model.rope_PC2 = rope_table(info.args, max_seq_len, device)
     return LoadedModel(model.eval(), info, tp, device, dtype, reader.bytes_copied)
+
+
+def _open_reader(folder: Path, info: CheckpointInfo) -> MmapReader:
+    """Everything about a folder that can be known before a weight is read.
+
+    Raises:
+        CheckpointError: model.json, .metadata and manifest.json do not fit together, or to the files.
+    """
+    manifest = StoredManifest.read(folder)
+    reader = MmapReader(folder, manifest)
+    stored = reader.read_metadata().state_dict_metadata
+    # A nonsensical n_layers must not make a network of that size first.
+    last = f"layers.{info.args.n_layers - 1}"
+    if not any(name.startswith(f"{last}.") for name in stored):
+        raise CheckpointError(f"{folder} lacks {last}, which {MODEL_FILE} speaks of; convert the checkpoint again")
+    for name, tensor in stored.items():
+        if not isinstance(tensor, TensorStorageMetadata):
+            raise CheckpointError(f"{folder / '.metadata'}: {name} is not a tensor; convert the checkpoint again")
+        if tensor.properties.dtype != getattr(torch, info.dtype):
+            raise CheckpointError(
+                f"{folder / '.metadata'}: {name} is {tensor.properties.dtype}, but {MODEL_FILE} says {info.dtype}; "
+                "convert the checkpoint again"
+            )
+    return reader
+
+
+def _check_shapes(folder: Path, expected: dict[str, tuple[int, ...]], reader: MmapReader) -> None:
+    """Holds what is stored against the network, and the files against the manifest.
+
+    Args:
+        folder: of the checkpoint.
+        expected: the whole shape of each of the network's weights.
+        reader: of the folder.
+
+    Raises:
+        CheckpointError: they are of two models, or a file is not what was written.
+    """
+    stored = reader.read_metadata().state_dict_metadata
+    for name in sorted(expected.keys() - stored.keys()):
+        raise CheckpointError(f"{folder} lacks {name}; convert the checkpoint again")
+    for name in sorted(stored.keys() - expected.keys()):
+        raise CheckpointError(f"{folder} holds {name}, which {MODEL_FILE} does not describe; is it another model's?")
+    for name, shape in expected.items():
+        tensor = stored[name]
+        assert isinstance(tensor, TensorStorageMetadata)
+        if tuple(tensor.size) != shape:
+            raise CheckpointError(
+                f"{folder / '.metadata'}: {name} is {tuple(tensor.size)}, but {MODEL_FILE} makes it {shape}; "
+                "is one of them another model's? convert the checkpoint again"
+            )
+    if reader.manifest is not None:
+        reader.manifest.check_files()
 
 
 @torch.no_grad()

@@ -103,7 +103,7 @@ def test_too_little_space_is_told_before_the_first_byte(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=100_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(ConvertError, match=r"has 0 MiB free, the converted checkpoint needs 1 MiB"):
+    with pytest.raises(ConvertError, match=r"has 0 MiB free \(100,000 bytes\), the converted checkpoint needs 1 MiB"):
         convert(ckpt, tmp_path / "new" / "out", progress=False)
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
