@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from tpserve.engine import fields
@@ -11,7 +12,7 @@ from tpserve.engine.errors import RequestError
 from tpserve.engine.guided import Grammars
 from tpserve.engine.limits import check_prompt, too_long
 from tpserve.engine.sampling_fields import ALIASES, SAMPLING_FIELDS, Vocabulary, sampling_params
-from tpserve.engine.sampling_params import SamplingParams
+from tpserve.engine.sampling_params import Guided, SamplingParams
 from tpserve.engine.text.chat import check_dialog, encode_dialog
 from tpserve.engine.text.tokenizer import Tokenizer
 
@@ -131,16 +132,32 @@ class RequestReader:
         tokenizer: None: only token ids are served.
         vocab_size: of the model.
         max_seq_len: tokens of prompt and answer together.
+        check_grammar: raises if a grammar cannot be used; None: it is compiled here and now, which is for those who
+            trust whoever wrote it (see `grammar_check`).
 
     Attributes:
         max_seq_len: the same.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, vocab_size: int, max_seq_len: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        vocab_size: int,
+        max_seq_len: int,
+        check_grammar: Callable[[Guided], None] | None = None,
+    ) -> None:
         self._vocabulary = Vocabulary(tokenizer, vocab_size)
         self.max_seq_len = max_seq_len
-        # Made at once: it looks at every piece of the vocabulary, for which no stream should have to wait.
-        self._grammars = None if tokenizer is None else Grammars(tokenizer, vocab_size)
+        if check_grammar is None and tokenizer is not None:
+            # Made at once: it looks at every piece of the vocabulary, for which no stream should have to wait.
+            check_grammar = Grammars(tokenizer, vocab_size).check
+        self._check_grammar = check_grammar
+
+    def with_check(self, check_grammar: Callable[[Guided], None]) -> RequestReader:
+        """The same reader, with another way to look at grammars."""
+        other = copy.copy(self)
+        other._check_grammar = check_grammar
+        return other
 
     def read(self, given: Mapping[str, Any], defaults: SamplingParams) -> GenerateRequest:
         """Reads an object of any of `KNOWN_FIELDS`, one of `PROMPT_FIELDS` among them, or their `ALIASES`.
@@ -165,8 +182,8 @@ class RequestReader:
             RequestError: names the field.
         """
         params = sampling_params(given, defaults, self._vocabulary, max_new_tokens_cap)
-        if params.guided is not None and self._grammars is not None:
-            self._grammars.check(params.guided)
+        if params.guided is not None and self._check_grammar is not None:
+            self._check_grammar(params.guided)
         return params
 
     def encode(self, prompt: Prompt) -> list[int]:
