@@ -29,11 +29,13 @@ class Shard:
         path: the file.
         tensors: its weights by Meta's name, without the buffers that are dropped.
         mapped: whether the tensors' memory is the file itself, so that its pages may be given back at any time.
+        stored: a tensor's name for each piece of memory, in the order in which they lie there; dropped ones, too.
     """
 
     path: Path
     tensors: dict[str, torch.Tensor]
     mapped: bool
+    stored: tuple[str, ...]
 
 
 def find_shards(ckpt_dir: Path) -> list[Path]:
@@ -84,7 +86,9 @@ def open_shard(path: Path) -> Shard:
         raise ConvertError(f"{path} holds a {type(content).__name__}, not a dictionary of weights")
     for key, value in content.items():
         _check_weight(path, key, value)
-    return Shard(path, {k: v.detach() for k, v in content.items() if not is_dropped(k)}, mapped)
+    stored = {v.untyped_storage().data_ptr(): k for k, v in content.items() if v.layout == torch.strided}
+    names = tuple(name for _, name in sorted(stored.items()))
+    return Shard(path, {k: v.detach() for k, v in content.items() if not is_dropped(k)}, mapped, names)
 
 
 def verify_shard(shard: Shard, on_bytes: Callable[[int], object] = lambda n: None) -> None:
@@ -117,12 +121,9 @@ def _key(shard: Shard, archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> str
     """The weight in a record: records lie in the file, and weights in the map of it, in the same order."""
     records = [r for r in archive.infolist() if r.filename.rpartition("/")[0].endswith("/data")]
     records.sort(key=lambda r: r.header_offset)
-    storages: dict[int, str] = {}
-    for name, weight in shard.tensors.items():
-        storages.setdefault(weight.untyped_storage().data_ptr(), name)
-    if record not in records or len(storages) != len(records):  # buffers that were dropped are missing
+    if record not in records or len(shard.stored) != len(records):
         return f"its record {record.filename}"
-    return storages[sorted(storages)[records.index(record)]]
+    return shard.stored[records.index(record)]
 
 
 def _check_number(path: Path) -> None:

@@ -20,6 +20,7 @@ from tpserve.engine.errors import ConfigError, RequestError
 from tpserve.engine.text.tokenizer import TextEncoder
 from tpserve.handler.chat_messages import Message
 from tpserve.handler.marked_text import BOS, EOS, MARK, MARKS, Marks, dumps
+from tpserve.handler.replies import public
 
 # What may be a control token's name in a template.
 _NAME = re.compile(r"<[^<>\s]{1,64}>|\[[^\[\]\s]{1,64}\]")
@@ -109,7 +110,7 @@ class JinjaTemplate:
         except RequestError:
             raise
         except Exception as e:  # noqa: BLE001 - a template may do whatever Python can, with whatever a request brings
-            said = MARK.sub("…", str(e)) or type(e).__name__
+            said = public(MARK.sub("…", str(e))) or type(e).__name__
             raise RequestError(f"{field}: this model's chat template cannot take them: {said}", field) from None
         return "".join(chunks)
 

@@ -9,6 +9,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
+import msgspec
+
 from tpserve.engine.completion import Completion
 from tpserve.engine.errors import EngineError
 from tpserve.engine.protocol import RequestOutput
@@ -16,7 +18,7 @@ from tpserve.engine.results import said, said_of_prompt, usage, whole
 from tpserve.engine.sampling_params import SamplingParams
 from tpserve.handler.http import Signal
 from tpserve.handler.predictions import Form, Prediction
-from tpserve.handler.replies import NDJSON, Reply, error_reply, failed, json_line, json_reply
+from tpserve.handler.replies import NDJSON, Reply, error_reply, failed, json_line, json_reply, public
 
 if TYPE_CHECKING:
     from tpserve.handler.tracing import RequestSpan
@@ -43,7 +45,8 @@ class Input:
 class Pending(Protocol):
     """Something that will have replies."""
 
-    engine_ids: tuple[str, ...]
+    @property
+    def engine_ids(self) -> tuple[str, ...]: ...
 
     def take(self) -> Reply | None:
         """The next reply; None when there is nothing to say yet. Never called again after the last one."""
@@ -110,6 +113,8 @@ class OpenAnswers:
 
     def deliver(self, index: int, output: RequestOutput) -> None:
         """Takes new tokens of the prompt number `index`."""
+        if output.error is not None:
+            output = msgspec.structs.replace(output, error=public(output.error))
         self._inbox.append((index, output))
         self._signal.set()
 

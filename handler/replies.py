@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from typing import Any
 
 import msgspec
@@ -12,6 +13,10 @@ from tpserve.engine.errors import EngineError, OverloadedError, RequestError
 
 JSON = "application/json"
 NDJSON = "application/x-ndjson"
+
+# A path of two or more parts that begins at the root, and the addresses in Python's names of objects.
+_PATH = re.compile(r"(?<![\w.:/#])(?:/[^\s/:;,'\"()\[\]]+)+/([^\s/:;,'\"()\[\]]+)")
+_ADDRESS = re.compile(r"\b0x[0-9a-fA-F]{4,}\b")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +35,13 @@ class Reply:
     status: int = 200
     headers: tuple[tuple[str, str], ...] = ()
     more: bool | None = None
+
+
+def public(message: str) -> str:
+    """What happened to us, as strangers may read it: files by their names alone, no addresses, no traceback."""
+    if "Traceback (most recent call last)" in message:
+        message = message.strip().splitlines()[-1]
+    return _ADDRESS.sub("0x…", _PATH.sub(r"\1", message))
 
 
 def failed(message: str) -> dict[str, Any]:
@@ -58,7 +70,7 @@ def error_reply(error: Exception) -> Reply:
         case RequestError():
             status, field = error.status, error.field
         case EngineError():
-            status = 503
+            status, message = 503, public(message)
         case _:
             status, message = 500, "internal error"
     content = {"error": {"message": message, "field": field, "code": status}}

@@ -7,7 +7,7 @@ import logging
 from typing import Any
 
 from tpserve.engine.errors import EngineError, OverloadedError, RequestError
-from tpserve.handler.replies import JSON, Reply
+from tpserve.handler.replies import JSON, Reply, public
 
 _CODES = {404: "not_found", 405: "method_not_allowed", 429: "rate_limit_exceeded", 500: "internal_error",
           503: "unavailable"}  # fmt: skip
@@ -49,7 +49,7 @@ def error_reply(error: Exception) -> Reply:
                 headers = (("Retry-After", str(error.retry_after_s)),)
             body = error_body(status, str(error), error.field)
         case EngineError():
-            status, body = 503, error_body(503, str(error))
+            status, body = 503, error_body(503, public(str(error)))
         case _:
             logger.error("a fault of ours", exc_info=error)
             status, body = 500, error_body(500, "internal error")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 
-from tpserve.engine.errors import RequestError, TpserveError
-from tpserve.handler.replies import Reply, error_reply
+from tpserve.engine.errors import EngineError, RequestError
+from tpserve.handler.replies import Reply, error_reply, public
 
 
 def error_text(error: Exception) -> str:
     """What to say of an error; of faults of ours no more than that they are."""
-    text = str(error) if isinstance(error, TpserveError) else "internal error"
+    text = str(error) if isinstance(error, RequestError) else "internal error"
+    if isinstance(error, EngineError):
+        text = public(str(error))
     field = error.field if isinstance(error, RequestError) else None
     return text if field is None or field in text else f"{field}: {text}"
 
