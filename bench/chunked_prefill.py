@@ -161,6 +161,7 @@ def main(
                 tensor_parallel_size=tp,
                 device=device,
                 max_seq_len=512,
+                standby=False,
                 max_num_seqs=streams + _IN_FLIGHT,
                 max_num_batched_tokens=max_num_batched_tokens if chunked else 512,
                 enable_chunked_prefill=chunked,

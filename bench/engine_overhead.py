@@ -94,7 +94,7 @@ def main(tp: int = 1, seconds: float = 2.0) -> None:
 def _measure_all(checkpoint: Path, tp: int, seconds: float) -> list[dict[str, Any]]:
     RankGroup.worker = "tpserve.bench.stub_worker"
     config = EngineConfig(
-        checkpoint_dir=str(checkpoint), tensor_parallel_size=tp, device="cpu", max_num_seqs=256,
+        checkpoint_dir=str(checkpoint), tensor_parallel_size=tp, device="cpu", standby=False, max_num_seqs=256,
         max_num_batched_tokens=8192, max_seq_len=_MAX_LEN,
     )  # fmt: skip
     client = EngineClient(config)

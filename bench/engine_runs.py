@@ -77,7 +77,7 @@ class Engine:
         CheckpointInfo(self.args, "bfloat16").write(Path(self._folder.name))
         self._rng = random.Random(0)
         config = EngineConfig(
-            checkpoint_dir=self._folder.name, load_format="dummy", tensor_parallel_size=tp, dtype=dtype,
+            checkpoint_dir=self._folder.name, standby=False, load_format="dummy", tensor_parallel_size=tp, dtype=dtype,
             max_seq_len=2048, max_num_seqs=256, max_num_batched_tokens=8192, enable_prefix_caching=False, **options,
         )  # fmt: skip
         started_s = time.monotonic()

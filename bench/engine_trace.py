@@ -168,6 +168,7 @@ def main(
             checkpoint_dir=folder,
             tensor_parallel_size=tp,
             device=device,
+            standby=False,
             max_seq_len=max_seq_len,
             max_num_seqs=64,
             max_num_batched_tokens=256,

@@ -48,7 +48,9 @@ _PROMPT = "Once upon a time"
 
 def engine_rate(checkpoint: Path, streams: int, new: int, rounds: int, options: dict[str, Any]) -> list[float]:
     """Tokens a second of the client alone, a round each."""
-    config = EngineConfig(checkpoint_dir=str(checkpoint), max_num_seqs=streams, max_seq_len=_MAX_LEN, **options)
+    config = EngineConfig(
+        checkpoint_dir=str(checkpoint), max_num_seqs=streams, max_seq_len=_MAX_LEN, standby=False, **options
+    )
     client = EngineClient(config)
     client.start()
     try:

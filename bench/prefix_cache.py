@@ -113,6 +113,7 @@ def main(
                         tensor_parallel_size=tp,
                         device=device,
                         max_seq_len=512,
+                        standby=False,
                         max_num_batched_tokens=256,
                         block_size=_BLOCK_SIZE,
                         enable_prefix_caching=cached,

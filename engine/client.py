@@ -6,7 +6,6 @@ relaunched group goes on from there (the next token depends on nothing else).
 
 from __future__ import annotations
 
-import logging
 import math
 import secrets
 import time
@@ -16,17 +15,14 @@ from pathlib import Path
 import msgspec
 
 from tpserve.engine.config import EngineConfig
+from tpserve.engine.delivery import Delivery
 from tpserve.engine.errors import ConfigError, EngineError, OverloadedError, RequestError
-from tpserve.engine.in_flight import Request, Requests
-from tpserve.engine.keeper import GroupKeeper
+from tpserve.engine.in_flight import Request
 from tpserve.engine.limits import check_prompt, check_room, check_sequences, check_vocabulary
 from tpserve.engine.metrics import EngineMetrics
 from tpserve.engine.protocol import (
     Add,
-    Cancel,
-    Event,
     Heartbeat,
-    Outputs,
     RankTrace,
     Ready,
     Report,
@@ -36,8 +32,6 @@ from tpserve.engine.protocol import (
 )
 from tpserve.engine.sampling_params import SamplingParams
 from tpserve.model.checkpoint import CheckpointError, CheckpointInfo
-
-logger = logging.getLogger(__name__)
 
 
 class EngineClient:
@@ -61,15 +55,24 @@ class EngineClient:
             raise ConfigError(str(e)) from None
         self.config = config
         self.metrics = EngineMetrics()
-        self._owner = _Owner(self.metrics)
-        self._requests = self._owner.requests
-        self._keeper = self._owner.keeper = GroupKeeper(config, self.metrics, self._owner)
+        self._delivery = Delivery(config, self.checkpoint.args, self.metrics)
+        self._requests = self._delivery.requests
+        self._keeper = self._delivery.keeper
         self._lock = self._keeper.lock
 
     @property
     def ready(self) -> bool:
-        """Whether a group is up and can make tokens."""
+        """Whether a group is up; `unhealthy_reason` looks closer."""
         return self._keeper.info is not None
+
+    def unhealthy_reason(self) -> str | None:
+        """None: a token can be made now; otherwise why not, in a sentence for operators.
+
+        Says so within two seconds of a fault (later only where the group's own steps take longer). When nobody waits
+        for tokens, a probe of one token goes through the group, at most one a second. Waits at most two seconds, and
+        not at all in the thread that calls `on_output`.
+        """
+        return self._delivery.health.unhealthy_reason()
 
     @property
     def failure(self) -> str | None:
@@ -96,8 +99,18 @@ class EngineClient:
 
     @property
     def pids(self) -> list[int]:
-        """The present group's processes."""
+        """The present group's processes: torchrun, its ranks, and what they started."""
         return self._keeper.pids
+
+    @property
+    def rank_pids(self) -> list[int]:
+        """The present group's ranks."""
+        return self._keeper.rank_pids
+
+    @property
+    def standby_pids(self) -> list[int]:
+        """The processes of the group that waits for the present one's end."""
+        return self._keeper.standby_pids
 
     def start(self) -> Ready:
         """Launches the group and waits until it can make tokens.
@@ -155,15 +168,14 @@ class EngineClient:
             if num_open >= limit:
                 retry_after_s = self._requests.retry_after_s(num_open - self.config.max_num_seqs, now_s)
                 raise OverloadedError(f"{num_open} requests are in flight, {limit} are admitted", retry_after_s)
-            self._requests.add(request)
-            self._keeper.send(request.event())
+            self._delivery.submit(request)
 
     def cancel(self, request_id: str, index: int | None = None) -> None:
         """Drops a request, or one of its answers. Unknown ones are ignored.
 
         `on_output` is not called for it any more, except with a step's tokens that are being handed out right now.
         """
-        self._owner.cancel(request_id, index)
+        self._delivery.cancel(request_id, index)
 
     def status(self, timeout_s: float = 5.0) -> Status:
         """Every rank's state after one and the same step.
@@ -181,14 +193,13 @@ class EngineClient:
         Raises:
             EngineError: that many steps were not made within `timeout_s`.
         """
-        size = self.config.tensor_parallel_size
-        traces = self._keeper.ask(lambda ask_id: Trace(ask_id, num_steps), size, timeout_s)
+        traces = self._keeper.ask(lambda ask_id: Trace(ask_id, num_steps), None, timeout_s)
         return sorted(traces, key=lambda trace: trace.rank)
 
     def close(self) -> None:
         """Stops the group and leaves no process; requests in flight end with finish_reason "cancelled"."""
         self._keeper.close()
-        self._owner.end("cancelled", None)
+        self._delivery.end("cancelled", None)
 
     def _check(self, event: Add) -> None:
         try:
@@ -207,52 +218,3 @@ class EngineClient:
         info = self._keeper.last_info
         if info is not None:
             check_room(len(prompt_token_ids), params, info.max_seq_len, info.num_blocks, info.block_size)
-
-
-class _Owner:
-    """The requests, as the keeper sees them."""
-
-    keeper: GroupKeeper
-
-    def __init__(self, metrics: EngineMetrics) -> None:
-        self.requests = Requests(metrics)
-
-    def cancel(self, request_id: str, index: int | None) -> None:
-        with self.keeper.lock:
-            if self.requests.cancel(request_id, index, time.monotonic()):
-                self.keeper.send(Cancel(request_id, index))
-
-    def replay(self) -> list[Event]:
-        return [request.event() for request in self.requests.all()]
-
-    def take(self, outputs: Outputs) -> None:
-        with self.keeper.lock:
-            wanted = self.requests.take(outputs, time.monotonic())
-        for request, output in wanted:
-            self._hand_over(request, output)
-
-    def tick(self, now_s: float) -> None:
-        with self.keeper.lock:
-            expired = self.requests.expired(now_s)
-            for request in expired:
-                self.keeper.send(Cancel(request.request_id))
-        self._tell(expired, "timeout", None)
-
-    def end(self, finish_reason: str, error: str | None) -> None:
-        with self.keeper.lock:
-            requests = list(self.requests.all())
-            for request in requests:
-                self.requests.remove(request, finish_reason)
-        self._tell(requests, finish_reason, error)
-
-    def _tell(self, requests: list[Request], finish_reason: str, error: str | None) -> None:
-        for request in requests:
-            for output in request.last_outputs(finish_reason, error):
-                self._hand_over(request, output)
-
-    def _hand_over(self, request: Request, output: RequestOutput) -> None:
-        try:
-            request.on_output(output)
-        except Exception:  # the fault of whoever asked must not become the others'
-            logger.exception("request %s: its on_output", request.request_id)
-            self.cancel(request.request_id, None)

@@ -59,6 +59,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         checksum_interval: ranks compare their decisions every so many steps.
         max_restarts: relaunches within restart_window_s before the engine gives up.
         restart_window_s: see max_restarts.
+        standby: a second group of ranks waits, imported but without device or memory, and takes over when one dies.
+        elastic: when devices are missing, or a group does not come back, it goes on at the largest smaller
+            tensor_parallel_size that fits.
     """
 
     checkpoint_dir: str
@@ -87,6 +90,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     checksum_interval: int = 64
     max_restarts: int = 3
     restart_window_s: float = 300.0
+    standby: bool = True
+    elastic: bool = False
 
     def __post_init__(self) -> None:
         for name in _POSITIVE:

@@ -2,6 +2,7 @@
 
 TpserveError
 ├── ConfigError          the operator's configuration cannot be served
+│   └── MissingDevicesError  with so few devices
 ├── RequestError         this request cannot be served; others are untouched
 │   └── OverloadedError  not now: try again after `retry_after_s`
 └── EngineError          the rank group failed
@@ -16,6 +17,18 @@ class TpserveError(Exception):
 
 class ConfigError(TpserveError, ValueError):
     """A configuration that cannot be served; the message names the key and what to do."""
+
+
+class MissingDevicesError(ConfigError):
+    """There are fewer devices than ranks.
+
+    Attributes:
+        num_devices: that there are.
+    """
+
+    def __init__(self, message: str, num_devices: int) -> None:
+        super().__init__(message)
+        self.num_devices = num_devices
 
 
 class RequestError(TpserveError, ValueError):

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from tpserve.engine.config import EngineConfig
 from tpserve.engine.core import CoreShape, EngineCore
 from tpserve.engine.device_queue import DeviceQueue, device_queue
-from tpserve.engine.errors import ConfigError
+from tpserve.engine.errors import ConfigError, MissingDevicesError
 from tpserve.engine.guided import Grammars
 from tpserve.engine.model_runner import ModelRunner
 from tpserve.engine.sampling_params import SamplingParams
@@ -40,16 +40,19 @@ def choose_device(config: EngineConfig) -> torch.device:
     """This rank's device.
 
     Raises:
-        ConfigError: CUDA is asked for and there is none, or there are fewer GPUs than ranks on this node.
+        MissingDevicesError: CUDA is asked for and there is none, or there are fewer GPUs than ranks on this node.
     """
     if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise ConfigError("device is cuda, but torch sees no GPU (torch.cuda.is_available() is false)")
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if local_rank >= torch.cuda.device_count():
-        raise ConfigError(f"rank {local_rank} of this node has no GPU: torch sees {torch.cuda.device_count()}")
-    return torch.device("cuda", local_rank)
+        raise MissingDevicesError("device is cuda, but torch sees no GPU (torch.cuda.is_available() is false)", 0)
+    # Every rank counts: rank 0, whom the client hears, would otherwise wait for the one that has no GPU.
+    num_devices, num_ranks = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if num_devices < num_ranks:
+        raise MissingDevicesError(
+            f"{num_ranks} ranks of this node need a GPU each: torch sees {num_devices}", num_devices
+        )
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 @contextlib.contextmanager

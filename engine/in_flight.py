@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from tpserve.engine.metrics import EngineMetrics
 from tpserve.engine.protocol import Add, Choice, Outputs, RequestOutput
 from tpserve.engine.sampling_params import SamplingParams
+from tpserve.engine.suspects import Suspects
 
 _RATE_WINDOW_S = 60.0
 _MAX_RETRY_AFTER_S = 60
@@ -68,10 +69,11 @@ class Requests:
 
     Args:
         metrics: what happens is counted there.
+        suspects: told who has got a token, and who has ended.
     """
 
-    def __init__(self, metrics: EngineMetrics) -> None:
-        self._metrics = metrics
+    def __init__(self, metrics: EngineMetrics, suspects: Suspects) -> None:
+        self._metrics, self._suspects = metrics, suspects
         self._by_id: dict[str, Request] = {}
         self._deadlines: list[tuple[float, str]] = []  # a heap; entries of ended requests are dropped when they come up
         self._ended_s: deque[float] = deque(maxlen=256)
@@ -81,6 +83,9 @@ class Requests:
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._by_id
+
+    def __getitem__(self, request_id: str) -> Request:
+        return self._by_id[request_id]
 
     def all(self) -> Iterable[Request]:
         """Every request, in order of submission."""
@@ -141,6 +146,7 @@ class Requests:
     def remove(self, request: Request, finish_reason: str) -> None:
         """Forgets a request that ends before the engine says so."""
         del self._by_id[request.request_id]
+        self._suspects.ended(request.request_id)
         self._metrics.request_ended(finish_reason)
 
     def retry_after_s(self, num_waiting: int, now_s: float) -> int:
@@ -154,6 +160,7 @@ class Requests:
 
     def _count(self, request: Request, said: _Said, output: RequestOutput, now_s: float) -> None:
         n = len(output.token_ids)
+        self._suspects.proven(request.request_id)
         said.token_ids += output.token_ids
         if not request.begun:
             request.begun = True
@@ -170,5 +177,6 @@ class Requests:
         if request.running:
             return
         del self._by_id[request.request_id]
+        self._suspects.ended(request.request_id)
         self._ended_s.append(now_s)
         self._metrics.request_ended(finish_reason, now_s - request.submitted_s)

@@ -11,7 +11,7 @@ from tpserve.engine.core import EngineCore
 from tpserve.engine.errors import EngineError
 from tpserve.engine.protocol import Event, Heartbeat, Outputs, RankStatus, RankTrace, Reply, Status, StepMessage
 
-HEARTBEAT_INTERVAL_S = 1.0
+HEARTBEAT_INTERVAL_S = 0.5
 
 
 class Frontend(Protocol):
@@ -34,7 +34,7 @@ def lead(core: EngineCore, config: EngineConfig, channel: LeaderChannel, fronten
     """Rank 0: orders the events, tells the others, steps; returns after a `Stop`.
 
     Raises:
-        EngineError: another rank failed or decided otherwise.
+        EngineError: another rank failed, fell silent or decided otherwise.
     """
     agreement = _Agreement(config.tensor_parallel_size)
     heard_s = 0.0
@@ -72,6 +72,7 @@ def follow(core: EngineCore, config: EngineConfig, channel: FollowerChannel) -> 
     """
     while not core.stopped:
         message = channel.receive()
+        channel.beat()
         if message.step != core.step_count:
             raise EngineError(f"rank 0 is at step {message.step}, this rank at {core.step_count}")
         core.apply(message.events)

@@ -65,6 +65,10 @@ class EngineMetrics(Collector):
         time_to_first_token, inter_token_latency, request_latency, queue_time: in seconds.
         prompt_tokens, generation_tokens: of requests whose first token has come; made.
         restarts: relaunches of the rank group.
+        condemned: requests that ended because groups died of them.
+        recovery_s, recovery_to_token_s: of the last recovery: from noticing a death until a group was ready, and until
+            the next token of a request that was in flight.
+        tensor_parallel_size: ranks of the present group, or of the last one.
     """
 
     def __init__(self) -> None:
@@ -74,7 +78,9 @@ class EngineMetrics(Collector):
         self.queue_time = Histogram(_QUEUE_S)
         self.prompt_tokens = 0
         self.generation_tokens = 0
-        self.restarts = 0
+        self.restarts = self.condemned = 0
+        self.recovery_s = self.recovery_to_token_s = 0.0
+        self.tensor_parallel_size = 0
         self._finished = dict.fromkeys(FINISHED_REASONS, 0)
         self._heartbeat: Heartbeat | None = None
         self._num_blocks = 0
@@ -124,6 +130,10 @@ class EngineMetrics(Collector):
         yield _counter("spec_decode_num_draft_tokens", "Tokens guessed.", totals["num_draft_tokens"])
         yield _counter("spec_decode_num_accepted_tokens", "Guesses that were right.", totals["num_accepted_tokens"])
         yield _counter("engine_restarts", "Relaunches of the rank group.", self.restarts)
+        yield _counter("requests_condemned", "Requests that rank groups died of.", self.condemned)
+        yield _gauge("engine_recovery_seconds", "Last: from a group's end to ready.", self.recovery_s)
+        yield _gauge("engine_recovery_to_token_seconds", "Likewise, to the next token.", self.recovery_to_token_s)
+        yield _gauge("tensor_parallel_size", "Ranks of the group.", self.tensor_parallel_size)
 
     def _totals(self) -> dict[str, int]:
         beat = self._heartbeat

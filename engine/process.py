@@ -84,8 +84,43 @@ def descendants(pid: int) -> list[int]:
     found: list[int] = []
     level = [pid]
     while level:
-        level = [child for parent in level for child in _children(parent)]
+        level = [child for parent in level for child in children(parent)]
         found += level
+    return found
+
+
+def open_pidfd(pid: int) -> int | None:
+    """A file descriptor that becomes readable when the process ends; None where there are no pidfds, or no process."""
+    try:
+        return os.pidfd_open(pid)
+    except (OSError, AttributeError):
+        return None
+
+
+def children(pid: int) -> list[int]:
+    """Pids of the processes that `pid` started and that live; empty where /proc does not tell."""
+    found: list[int] = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            found += map(int, task.read_text().split())
+    return found
+
+
+def command_line(pid: int) -> list[str]:
+    """The arguments that a process was started with; empty when it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
+    except OSError:
+        return []
+
+
+def members_of_sessions(session_ids: set[int]) -> list[int]:
+    """Pids of all processes of these sessions, whoever their parents are by now."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, IndexError):
+            if int(_after_name(int(entry.name))[3]) in session_ids:
+                found.append(int(entry.name))
     return found
 
 
@@ -124,11 +159,3 @@ def _parent_of(pid: int) -> int:
 def _after_name(pid: int) -> list[str]:
     # State and parent follow the command name, which stands in parentheses and may hold anything (proc(5)).
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-
-
-def _children(pid: int) -> list[int]:
-    found: list[int] = []
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        with contextlib.suppress(OSError):
-            found += map(int, task.read_text().split())
-    return found

@@ -74,6 +74,12 @@ class RankStatus(msgspec.Struct, frozen=True, tag="rank_status"):
     error: str | None = None
 
 
+class Beat(msgspec.Struct, frozen=True, tag="beat"):
+    """A rank above 0 lives; sent at least once a second."""
+
+    rank: int
+
+
 TopLogprobs = list[tuple[int, float]]  # (token id, natural logarithm), most probable first
 
 
@@ -123,9 +129,15 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
-    """The group cannot start, and would not the next time: the configuration or the checkpoint is at fault."""
+    """The group cannot start, and would not the next time: the configuration or the checkpoint is at fault.
+
+    Attributes:
+        message: what is wrong.
+        num_devices: with fewer devices than ranks: how many there are.
+    """
 
     message: str
+    num_devices: int | None = None
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import msgspec
@@ -16,14 +17,27 @@ import zmq
 
 from tpserve.engine.channel import new_socket
 from tpserve.engine.config import EngineConfig
-from tpserve.engine.process import descendants, environment_without_torchrun, kill_all
+from tpserve.engine.process import (
+    children,
+    command_line,
+    descendants,
+    environment_without_torchrun,
+    kill_all,
+    members_of_sessions,
+    open_pidfd,
+)
 from tpserve.engine.protocol import Event, Reply, Stop
+
+GO_FILE = "go"  # a FIFO in the group's folder: every rank waits for a byte of it before it takes a device or memory
+
+logger = logging.getLogger(__name__)
 
 
 class RankGroup:
     """A running group; every life gets its own directory and sockets, so nothing of an earlier one can arrive.
 
-    Must be made in a thread that outlives it: the kernel kills the group when that thread ends.
+    Its ranks import what they need and wait until `go`. Must be made in a thread that outlives it: the kernel kills
+    the group when that thread ends.
 
     Args:
         config: what the ranks are told.
@@ -33,43 +47,78 @@ class RankGroup:
     worker = os.environ.get("TPSERVE_WORKER", "tpserve.engine.worker")
 
     def __init__(self, config: EngineConfig) -> None:
-        self._ranks: set[int] = set()
+        self.config = config
+        self._seen: set[int] = set()
+        self._pid_of: dict[int, int] = {}  # torchrun's and the ranks', by their pidfds
+        self._ended: int | None = None  # who ended first
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(Reply)
+        self._poller = zmq.Poller()
         with contextlib.ExitStack() as undo:
             self.folder = Path(tempfile.mkdtemp(prefix="tpserve-"))  # mode 0700
             undo.callback(shutil.rmtree, self.folder, ignore_errors=True)
             (self.folder / "config.json").write_bytes(msgspec.json.encode(config))
+            os.mkfifo(self.folder / GO_FILE, 0o600)
+            # Read and write: opening does not wait, and the bytes stay until they are read.
+            self._go = os.open(self.folder / GO_FILE, os.O_RDWR)
+            undo.callback(os.close, self._go)
             self._replies = new_socket(zmq.PULL, f"ipc://{self.folder}/replies", bind=True)
             undo.callback(self._replies.close)
+            self._poller.register(self._replies, zmq.POLLIN)
             self._events = new_socket(zmq.PUSH, f"ipc://{self.folder}/events", bind=False)
             undo.callback(self._events.close)
             command, env = _command(config, self.folder), _environment(config)
             self._process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, start_new_session=True)
+            undo.callback(self._close_pidfds)
+            self._watch(self._process.pid)
             self._cleanup = undo.pop_all()
 
     @property
     def pids(self) -> list[int]:
-        """torchrun and its ranks, those too whose torchrun has ended."""
-        self._ranks.update(descendants(self._process.pid))
-        return [self._process.pid, *sorted(self._ranks)]
+        """torchrun and everything below it, also what has lost its parent since it was last asked."""
+        self._seen.update(descendants(self._process.pid))
+        return [self._process.pid, *sorted(self._seen)]
+
+    @property
+    def rank_pids(self) -> list[int]:
+        """The ranks' that have been found so far, in the order of their start."""
+        return [pid for pid in self._pid_of.values() if pid != self._process.pid]
 
     @property
     def exit_status(self) -> int | None:
         """torchrun's, once it has ended."""
         return self._process.poll()
 
+    @property
+    def death(self) -> str | None:
+        """What has ended, as words for a log; None while everything lives. Looked at by `receive`."""
+        status = self.exit_status
+        if self._ended is not None and self._ended != self._process.pid:
+            return f"a rank (pid {self._ended}) ended"
+        return None if status is None else f"the rank group ended with status {status}"
+
+    def go(self) -> None:
+        """Lets the ranks take their devices, load, and serve; once."""
+        os.write(self._go, b"g" * self.config.tensor_parallel_size)
+
     def send(self, event: Event) -> None:
         """Sends an event to rank 0; callers hold a lock, for a socket belongs to one thread at a time."""
         self._events.send(self._encoder.encode(event))
 
     def receive(self, timeout_s: float) -> list[Reply]:
-        """What rank 0 said; waits at most so long for the first."""
+        """What rank 0 said; waits at most so long for the first word, or for the end of a process of the group."""
+        self._watch_ranks()
         replies: list[Reply] = []
-        wait_ms = int(timeout_s * 1000)
-        while self._replies.poll(wait_ms):
+        deadline_s = time.monotonic() + timeout_s
+        while (wait_s := deadline_s - time.monotonic()) > 0 and self._ended is None:
+            readable = [what for what, _ in self._poller.poll(max(1, int(wait_s * 1000)))]
+            for what in readable:
+                if what is not self._replies:
+                    self._ended = self._ended or self._pid_of[what]
+            if self._replies in readable:
+                break
+        while self._replies.poll(0):  # a dead group's last words, too
             replies.append(self._decoder.decode(self._replies.recv()))
-            wait_ms = 0
         return replies
 
     def stop(self, timeout_s: float = 5.0) -> None:
@@ -80,18 +129,61 @@ class RankGroup:
         self.kill()
 
     def kill(self) -> None:
-        """Kills every process of the group and removes its directory."""
-        left = kill_all(self.pids)
-        self._process.wait()
+        """Kills every process of the group, stopped ones too, and removes its directory."""
+        self._watch_ranks()
+        # What a rank had started may have lost its parent; torchrun gives every rank a session. Pids that were merely
+        # seen at some time may be somebody else's by now.
+        sessions = {self._process.pid, *self.rank_pids}
+        pids = {self._process.pid, *descendants(self._process.pid), *members_of_sessions(sessions)}
+        left = kill_all(sorted(pids))
+        left += kill_all(members_of_sessions(sessions))
+        if left:
+            logger.error("processes %s survived SIGKILL", left)
+        else:
+            self._process.wait()
         self._cleanup.close()
-        assert not left, f"processes {left} survived SIGKILL"
+
+    def _watch_ranks(self) -> None:
+        if len(self._pid_of) > self.config.tensor_parallel_size or self._ended is not None:
+            return
+        for pid in children(self._process.pid):
+            # Before its exec a child still has torchrun's arguments; after it the folder is a rank's last one.
+            arguments = command_line(pid)
+            if pid not in self._pid_of.values() and arguments[-1:] == [str(self.folder)] and "-u" in arguments[:2]:
+                self._watch(pid)
+
+    def _watch(self, pid: int) -> None:
+        self._seen.add(pid)
+        self._seen.discard(self._process.pid)
+        fd = open_pidfd(pid)
+        if fd is not None:
+            self._pid_of[fd] = pid
+            self._poller.register(fd, zmq.POLLIN)
+
+    def _close_pidfds(self) -> None:
+        for fd in self._pid_of:
+            self._poller.unregister(fd)
+            os.close(fd)
+
+
+def wait_for_go(folder: Path) -> bool:
+    """Waits, in a rank, until its group is to go on; False: whoever launched it has gone.
+
+    Args:
+        folder: the group's.
+    """
+    fd = os.open(folder / GO_FILE, os.O_RDONLY)
+    try:
+        return os.read(fd, 1) != b""
+    finally:
+        os.close(fd)
 
 
 def _command(config: EngineConfig, folder: Path) -> list[str]:
     # The static rendezvous exchanges nothing pickled, the c10d one does; on one node it knows all that is needed.
     torchrun = (
         f"--nnodes 1 --nproc-per-node {config.tensor_parallel_size} --rdzv-backend static "
-        f"--master-addr 127.0.0.1 --master-port {_free_port()} --max-restarts 0 --monitor-interval 0.1"
+        "--max-restarts 0 --monitor-interval 0.1"
     ).split()
     launcher = [sys.executable, "-m", "tpserve.engine.launch", str(os.getpid())]
     return [*launcher, *torchrun, "-m", RankGroup.worker, str(folder)]
@@ -109,10 +201,3 @@ def _environment(config: EngineConfig) -> dict[str, str]:
         # Threads that spin at a barrier while another process has their core make a step forty times slower.
         env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     return env
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port: int = s.getsockname()[1]
-        return port

@@ -15,11 +15,13 @@ import zmq
 from tpserve.engine.channel import FollowerChannel, LeaderChannel, new_socket
 from tpserve.engine.config import EngineConfig
 from tpserve.engine.core import EngineCore
-from tpserve.engine.errors import ConfigError
+from tpserve.engine.errors import ConfigError, MissingDevicesError
 from tpserve.engine.group import build_core, choose_device, process_group
 from tpserve.engine.loop import follow, lead
+from tpserve.engine.preload import preload
 from tpserve.engine.process import LAUNCHER_PID, die_with_parent
 from tpserve.engine.protocol import Event, Failed, Outputs, Ready, Reply
+from tpserve.engine.supervisor import wait_for_go
 from tpserve.model.checkpoint import CheckpointError
 from tpserve.model.parallel import TensorParallel
 
@@ -71,6 +73,9 @@ def main(folder: Path, build: Callable[[EngineConfig, torch.device, TensorParall
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s rank {rank} %(levelname)s %(message)s")
     die_with_parent(int(os.environ[LAUNCHER_PID]))
     config = msgspec.json.decode((folder / "config.json").read_bytes(), type=EngineConfig)
+    preload(config)
+    if not wait_for_go(folder):
+        return 1
     socket = ClientSocket(folder) if rank == 0 else None
     try:
         device = choose_device(config)
@@ -80,7 +85,7 @@ def main(folder: Path, build: Callable[[EngineConfig, torch.device, TensorParall
                 follow(core, config, FollowerChannel(folder, rank, config.step_timeout_s))
                 core.close()
                 return 0
-            channel = LeaderChannel(folder, tp.size)
+            channel = LeaderChannel(folder, tp.size, config.step_timeout_s)
             socket.send(Ready(tp.size, core.shape.num_blocks, config.block_size, config.max_seq_len, str(device)))
             lead(core, config, channel, socket)
             core.close()
@@ -88,7 +93,7 @@ def main(folder: Path, build: Callable[[EngineConfig, torch.device, TensorParall
     except (ConfigError, CheckpointError) as e:
         logger.error("%s", e)
         if socket is not None:
-            socket.send(Failed(str(e)))
+            socket.send(Failed(str(e), e.num_devices if isinstance(e, MissingDevicesError) else None))
         return EXIT_REFUSED
 
 

@@ -33,6 +33,7 @@ def tiny_config(tiny_checkpoint: Path) -> EngineConfig:
         max_num_waiting=8,
         step_timeout_s=20,
         checksum_interval=4,
+        standby=False,  # two cores are busy enough; test_restart has some
     )
 
 

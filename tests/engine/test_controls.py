@@ -93,6 +93,7 @@ def _check_logprobs(
 @pytest.fixture(scope="module", params=[1, 2])
 def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     config = EngineConfig(
+        standby=False,
         checkpoint_dir=str(converted(tmp_path_factory.mktemp("controls"))),
         tensor_parallel_size=request.param,
         device="cpu",

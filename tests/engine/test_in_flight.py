@@ -30,6 +30,7 @@ from tpserve.engine.protocol import (
     Trace,
 )
 from tpserve.engine.sampling_params import SamplingParams
+from tpserve.engine.suspects import Suspects
 from tpserve.model.args import ModelArgs
 from tpserve.model.checkpoint import CheckpointInfo
 
@@ -42,12 +43,19 @@ class FakeGroup:
     all: list[FakeGroup]
 
     def __init__(self, config: EngineConfig) -> None:
+        self.config = config
         self.events: list[Event] = []
-        self.pids = [1, 2]
+        self.pids, self.rank_pids = [1, 2], [2]
         self.exit_status: int | None = None
         self._replies: queue.Queue[Reply] = queue.Queue()
         FakeGroup.all.append(self)
+
+    def go(self) -> None:
         self.say(READY)
+
+    @property
+    def death(self) -> str | None:
+        return None if self.exit_status is None else f"status {self.exit_status}"
 
     def say(self, *replies: Reply) -> None:
         for reply in replies:
@@ -96,10 +104,12 @@ def until(condition: Callable[[], Any]) -> None:
 @pytest.fixture
 def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[EngineClient]:
     FakeGroup.all = []
-    monkeypatch.setattr("tpserve.engine.keeper.RankGroup", FakeGroup)
+    monkeypatch.setattr("tpserve.engine.standby.RankGroup", FakeGroup)
     CheckpointInfo(ModelArgs(32, 2, 4, 2, 90, 88), "float32").write(tmp_path)
     client = EngineClient(
-        EngineConfig(checkpoint_dir=str(tmp_path), tensor_parallel_size=2, max_num_seqs=4, max_num_waiting=2)
+        EngineConfig(
+            checkpoint_dir=str(tmp_path), tensor_parallel_size=2, max_num_seqs=4, max_num_waiting=2, standby=False
+        )
     )
     client.start()
     yield client
@@ -153,15 +163,23 @@ def test_a_new_group_goes_on_with_the_answers_that_have_not_ended(client: Engine
     group.say(Heartbeat(1, 1, 0, 4, 3))
     until(lambda: client.heartbeat)
     group.exit_status = 1
-    until(lambda: len(FakeGroup.all) == 2 and len(FakeGroup.all[1].events) == 3)
-    a, b, c = (event for event in FakeGroup.all[1].events if isinstance(event, Add))
+    until(lambda: len(FakeGroup.all) == 2 and FakeGroup.all[1].events)
+    group = FakeGroup.all[1]
+    time.sleep(0.1)
+    (a,) = group.events  # those without a token are suspected
+    assert isinstance(a, Add)
     assert a.choices == [Choice(0, [5, 7]), Choice(2, [])]
-    assert a.params == group.events[0].params  # type: ignore[union-attr]  # the seed, above all
+    assert a.params == FakeGroup.all[0].events[0].params  # type: ignore[union-attr]  # the seed, above all
+    group.say(Outputs([out("a", [8], index=0)]))
+    until(lambda: len(group.events) == 2)
+    group.say(Outputs([out("c", [1])]))
+    until(lambda: len(group.events) == 3)
+    c, b = (event for event in group.events[1:] if isinstance(event, Add))
     assert (b.choices, b.priority, c.choices) == ([], 5, [])
-    FakeGroup.all[1].say(Outputs([out("a", [8], "length", 0), out("a", [9], "stop", 2)], ["a"]))
-    assert [o.token_ids for o in heard.wait(5)] == [[5], [6], [7], [8], [9]]
+    group.say(Outputs([out("a", [9], "length", 0), out("a", [10], "stop", 2)], ["a"]))
+    assert [o.token_ids for o in heard.wait(6)] == [[5], [6], [7], [8], [9], [10]]
+    assert [o.token_ids for o in fresh.wait(1)] == [[1]]
     assert not beams.outputs
-    assert not fresh.outputs
     text = client.metrics.text().decode()
     assert "tpserve:engine_restarts_total 1.0" in text
     assert "tpserve:num_preemptions_total 3.0" in text
@@ -238,7 +256,7 @@ def test_a_full_queue_says_when_to_come_back(client: EngineClient) -> None:
 
 
 def test_when_to_come_back_goes_by_the_rate_of_the_last_minute() -> None:
-    requests = Requests(EngineMetrics())
+    requests = Requests(EngineMetrics(), Suspects(64))
 
     def add(name: str, submitted_s: float) -> None:
         requests.add(Request(name, [1], SamplingParams(), print, 0, submitted_s))
@@ -256,7 +274,7 @@ def test_when_to_come_back_goes_by_the_rate_of_the_last_minute() -> None:
 
 
 def test_deadlines_of_ended_requests_do_not_pile_up() -> None:
-    requests = Requests(EngineMetrics())
+    requests = Requests(EngineMetrics(), Suspects(64))
     for i in range(1000):
         requests.add(Request(str(i), [1], SamplingParams(), print, 0, 0.0, deadline_s=9.0))
         requests.cancel(str(i), None, 1.0)
@@ -293,7 +311,7 @@ def test_a_question_to_a_group_that_dies(client: EngineClient) -> None:
 
 def test_booking_a_token_costs_microseconds() -> None:
     """About 0.5 µs on the machine this was written on; the bound is for slow and busy ones."""
-    requests = Requests(EngineMetrics())
+    requests = Requests(EngineMetrics(), Suspects(64))
     for i in range(64):
         requests.add(Request(str(i), [1], SamplingParams(), print, 0, 0.0))
     step = Outputs([out(str(i), [5]) for i in range(64)])

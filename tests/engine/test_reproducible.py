@@ -39,6 +39,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
         max_seq_len=MAX_SEQ_LEN,
         max_num_seqs=32,
         max_num_batched_tokens=256,
+        standby=False,
     )
 
 

@@ -53,6 +53,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
         max_num_batched_tokens=256,
         enable_prefix_caching=False,
         checksum_interval=4,
+        standby=False,
     )
 
 

@@ -56,6 +56,7 @@ def answers(
         max_seq_len=512,
         max_num_seqs=16,
         max_num_batched_tokens=64,
+        standby=False,
         **how,
     )
     client = EngineClient(config)

@@ -18,7 +18,7 @@ def with_(config: EngineConfig, **changes: Any) -> EngineConfig:
 @contextlib.contextmanager
 def rank_group(config: EngineConfig, tp: int) -> Iterator[EngineClient]:
     """Ranks that must agree to the end, never be relaunched, and hold no block when they are done."""
-    client = EngineClient(with_(config, tensor_parallel_size=tp))
+    client = EngineClient(with_(config, tensor_parallel_size=tp, standby=False))  # none of them is replaced
     client.start()
     try:
         yield client

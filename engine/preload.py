@@ -1,0 +1,25 @@
+"""What a rank imports before it is told to go on: most of a launch, and nothing of the device."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+from pathlib import Path
+
+from tpserve.engine.config import EngineConfig
+
+# Imported where they are needed, for they need Triton.
+_WITH_TRITON = ("chunk_graphs", "decode_step", "fused_forward")
+
+
+def preload(config: EngineConfig) -> None:
+    """Imports the modules that the engine would import later on. No CUDA context is made: that would take memory."""
+    importlib.import_module("torch._dynamo")  # the first DTensor would
+    if config.device != "cpu" and Path("/dev/nvidiactl").exists():
+        if importlib.util.find_spec("triton") is not None:
+            for name in _WITH_TRITON:
+                importlib.import_module(f"tpserve.model.{name}")
+    elif config.tensor_parallel_size == 1 and config.fused_kernels and config.cuda_graphs:
+        with contextlib.suppress(ImportError):  # without a compiler's support nothing is compiled later either
+            importlib.import_module("torch._inductor.compile_fx")

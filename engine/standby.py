@@ -1,0 +1,75 @@
+"""The next rank group: launched and imported beside the present one, waiting to be told to go on."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from tpserve.engine.config import EngineConfig
+from tpserve.engine.supervisor import RankGroup
+
+_AGAIN_S = 30.0  # a standby that died by itself may do so again
+
+logger = logging.getLogger(__name__)
+
+
+class Standby:
+    """At most one waiting group. All calls but `pids` come from one thread, which the groups die with.
+
+    Args:
+        wanted: False: `take` launches a group when it is needed.
+    """
+
+    def __init__(self, wanted: bool) -> None:
+        self._wanted = wanted
+        self._group: RankGroup | None = None
+        self._not_before_s = 0.0
+
+    @property
+    def pids(self) -> list[int]:
+        """Its processes."""
+        group = self._group
+        return [] if group is None else group.pids
+
+    def tend(self, config: EngineConfig) -> None:
+        """Sees that a group waits; called every now and then while another one serves.
+
+        Args:
+            config: of the next group.
+        """
+        if not self._wanted:
+            return
+        if self._group is not None:
+            self._group.receive(0.0)  # notices its end
+            if self._group.death is None:
+                return
+            logger.warning("the standby group: %s", self._group.death)
+            self.close()
+            self._not_before_s = time.monotonic() + _AGAIN_S
+        if time.monotonic() >= self._not_before_s:
+            try:
+                self._group = RankGroup(config)
+            except Exception:  # no disk, no process: whoever serves goes on
+                logger.exception("launching a standby group")
+                self._not_before_s = time.monotonic() + _AGAIN_S
+
+    def take(self, config: EngineConfig) -> RankGroup:
+        """A group that has been told to go on: the one that waited, if it lives and is what is wanted.
+
+        Raises:
+            Exception: a new one could not be launched.
+        """
+        group, self._group = self._group, None
+        if group is not None and (group.config != config or group.death is not None):
+            group.kill()
+            group = None
+        if group is None:
+            group = RankGroup(config)
+        group.go()
+        return group
+
+    def close(self) -> None:
+        """Leaves no process."""
+        group, self._group = self._group, None
+        if group is not None:
+            group.kill()
