@@ -37,7 +37,7 @@ def archive(checkpoint: str, **options: Any) -> None:
     made = archive(checkpoint, **options)
     print(f"{made.path} (from {made.config.name}, tensor-parallel size {made.tensor_parallel_size})")
     print(
-        f"serve it: torchserve --start --ncs --model-store {made.path.parent} --models {made.models} "
+        f"serve it: tpserve torchserve --start --ncs --model-store {made.path.parent} --models {made.models} "
         "--ts-config configs/config.properties"
     )
 
@@ -76,6 +76,19 @@ def serve(checkpoint: str, tp: int | None = None, **options: Any) -> None:
     serve(checkpoint, tp, lambda line: print(line, flush=True), **options)
 
 
+def torchserve(*arguments: str, **options: str) -> None:
+    """TorchServe's own command, with Java found and an end that waits for running requests (--drain_timeout_s, 30).
+
+    `tpserve torchserve --start --foreground …` drains at SIGTERM and SIGINT; `tpserve torchserve --stop` drains what
+    was started in any way.
+
+    Args:
+        arguments: as torchserve's.
+        options: likewise.
+    """
+    raise AssertionError("`main` takes its arguments as they are: fire would read them as its own")
+
+
 def _join_repeated(arguments: list[str], name: str) -> list[str]:
     """The arguments with `--name a … --name b` as one `--name=a,b`: fire would keep the last."""
     rest, values = [], []
@@ -96,7 +109,11 @@ def main() -> None:
     from tpserve.model.checkpoint import CheckpointError
 
     try:
-        commands = {"convert": convert, "archive": archive, "demo": demo, "serve": serve}
+        if sys.argv[1:2] == ["torchserve"] and not {"--help", "-h"} & set(sys.argv):
+            from tpserve.handler.torchserve_command import run
+
+            sys.exit(run(sys.argv[2:]))
+        commands = {"convert": convert, "archive": archive, "demo": demo, "serve": serve, "torchserve": torchserve}
         fire.Fire(commands, _join_repeated(sys.argv[1:], "api_key"), name="tpserve")
     except (TpserveError, ConvertError, ModelArgsError, CheckpointError) as e:
         print(f"error: {e}", file=sys.stderr)

@@ -157,7 +157,7 @@ class Front:
             return json_reply({"status": "draining", "reason": "the server is shutting down"}, 503)
         if self.backend is None:
             return json_reply({"status": "unavailable", "reason": "the engine is starting"}, 503)
-        return None if inner == "v2/health/ready" else self.backend.health()
+        return None
 
     def _closing(self) -> tuple[tuple[str, str], ...]:
         return (("connection", "close"),) if self.draining else ()

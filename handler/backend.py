@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import logging
@@ -10,11 +11,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
-import msgspec
-
 from tpserve.engine.completion import Completion
-from tpserve.engine.errors import EngineError, RequestError, TpserveError
+from tpserve.engine.errors import EngineError, OverloadedError, RequestError, TpserveError
 from tpserve.engine.fields import shown
+from tpserve.engine.grammar_check import GrammarChecker, UnknownGrammarError
 from tpserve.engine.metrics import CONTENT_TYPE, EngineMetrics
 from tpserve.engine.protocol import RankTrace, Ready, RequestOutput, Status
 from tpserve.engine.requests import Prompt, RequestReader
@@ -22,9 +22,12 @@ from tpserve.engine.sampling_params import SamplingParams
 from tpserve.engine.text.tokenizer import Tokenizer
 from tpserve.engine.trace import chrome_trace
 from tpserve.handler.chat_template import ChatTemplate, default_template
+from tpserve.handler.health import Health
 from tpserve.handler.http import HttpRequest, Signal
 from tpserve.handler.open_request import Deferred, Input, OpenAnswers, OpenRequest, Pending
 from tpserve.handler.predictions import Defaults, Prediction, parse_request
+from tpserve.handler.preparing import Prepared, Preparer
+from tpserve.handler.refusals import Refusal, refusal_reply
 from tpserve.handler.replies import Reply, error_reply, json_reply
 from tpserve.handler.routes import ENDPOINTS, find_endpoint
 from tpserve.handler.torchserve import read_request
@@ -33,6 +36,7 @@ from tpserve.handler.tracing import RequestTracer
 _STATUS_TIMEOUT_S = 5.0
 _TRACE_TIMEOUT_S = 60.0
 _MAX_TRACE_STEPS = 10_000
+_LARGE_BYTES = 64 << 10  # a body that takes longer to read than a step should wait
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +54,7 @@ class Engine(Protocol):
     def failure(self) -> str | None: ...
     @property
     def info(self) -> Ready: ...
+    def unhealthy_reason(self) -> str | None: ...
     def submit(
         self,
         request_id: str,
@@ -66,7 +71,7 @@ class Engine(Protocol):
 
 
 class Backend:
-    """Opens requests on an engine. Not thread-safe.
+    """Opens requests on an engine.
 
     Args:
         engine: started.
@@ -77,6 +82,10 @@ class Backend:
         model_name: what users call the model.
         chat_template: None: Llama-2's, if there is a tokenizer.
         tracer: of spans; None: none are made.
+        grammars: looks at users' grammars; None: the reader does, here and now.
+
+    Attributes:
+        health: what probes are told, and whether anything new is taken.
     """
 
     def __init__(
@@ -89,6 +98,7 @@ class Backend:
         model_name: str = "llama",
         chat_template: ChatTemplate | None = None,
         tracer: RequestTracer | None = None,
+        grammars: GrammarChecker | None = None,
     ) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
@@ -100,6 +110,12 @@ class Backend:
         template = chat_template or default_template(tokenizer)
         self.chat_template = None if template is None else template.within(reader.max_seq_len)
         self.started_s = int(time.time())
+        self.health = Health(engine)
+        self._preparer = Preparer(self.cancel)
+        self._patient = copy.copy(self)  # opens what takes time, in the preparer's threads
+        if grammars is not None:
+            self.reader = reader.with_check(grammars.recall)
+            self._patient.reader = reader.with_check(grammars.check)
 
     def open(
         self, request_id: str, parameters: Mapping[str, Any], headers: Mapping[str, Any], stream: bool = True
@@ -119,6 +135,26 @@ class Backend:
         Returns:
             what will have the replies, or the one reply when it is known at once. Never raises.
         """
+        body = request.body
+        if isinstance(body, bytes | bytearray) and len(body) > _LARGE_BYTES:
+            return self._serve_later(request_id, request, signal, stream)
+        try:
+            return self._follow(request_id, request, signal, stream)
+        except UnknownGrammarError:
+            return self._serve_later(request_id, request, signal, stream)
+
+    def _serve_later(self, request_id: str, request: HttpRequest, signal: Signal, stream: bool) -> Pending | Reply:
+        prepared = Prepared(
+            lambda: self._patient._follow(request_id, request, signal, stream),
+            lambda message: refusal_reply(request.path, Refusal(503, message)),
+            signal,
+        )
+        try:
+            return self._preparer.start(prepared)
+        except OverloadedError as e:
+            return refusal_reply(request.path, Refusal(e.status, str(e), Retry_After=str(e.retry_after_s)))
+
+    def _follow(self, request_id: str, request: HttpRequest, signal: Signal, stream: bool) -> Pending | Reply:
         if self.tracer is None:
             return self._serve(request_id, request, signal, stream)
         return self.tracer.follow(lambda: self._serve(request_id, request, signal, stream), request, self.model_name)
@@ -129,8 +165,10 @@ class Backend:
                 case "":
                     prediction = parse_request(request, self.defaults, self.reader)
                     return self._predict(request_id, prediction, signal, stream)
-                case "health":
-                    return self.health()
+                case "health" | "health/ready":
+                    return self.health.ask(signal)
+                case "health/live":
+                    return json_reply({"status": "alive"})
                 case "status":
                     return Deferred(self._status, signal)
                 case "metrics":
@@ -140,11 +178,13 @@ class Backend:
                     return Deferred(lambda: self._trace(num_steps), signal)
             endpoint = find_endpoint(request.path)
             if endpoint is None:
-                known = "health, status, metrics, trace, " + ", ".join(sorted(ENDPOINTS))
+                known = "health, health/live, health/ready, status, metrics, trace, " + ", ".join(sorted(ENDPOINTS))
                 raise RequestError(f"there is nothing at {request.path!r}; known: {known}", status=404)
             return endpoint(self, request_id, request, signal, stream)
         except TpserveError as e:
             return error_reply(e)
+        except UnknownGrammarError:
+            raise
         except Exception as e:  # whatever it is, it is this request's alone
             logger.exception("request %s", request_id)
             return error_reply(e)
@@ -177,8 +217,10 @@ class Backend:
             priority, timeout_s: see `GenerateRequest`.
 
         Raises:
-            RequestError, EngineError: the engine takes none of them.
+            RequestError, EngineError: the engine takes none of them, or the end has been asked for.
         """
+        if self.health.draining:
+            raise EngineError("the server is shutting down")
         engine_ids = tuple(f"{request_id}/{i}" for i in range(len(inputs)))
         completions = [
             Completion(
@@ -209,17 +251,13 @@ class Backend:
 
     def cancel(self, pending: Pending) -> None:
         """Frees what the engine still does for `pending`; every front's last word about one."""
+        opened = pending.end() if isinstance(pending, Prepared) else pending
+        if opened is None:
+            return
         if self.tracer is not None:
-            self.tracer.end(pending)
-        for engine_id in pending.engine_ids:
+            self.tracer.end(opened)
+        for engine_id in opened.engine_ids:
             self.engine.cancel(engine_id)
-
-    def health(self) -> Reply:
-        """200 when tokens can be made, 503 with the reason when not."""
-        if self.engine.ready:
-            return json_reply({"status": "ready", **msgspec.structs.asdict(self.engine.info)})
-        reason = self.engine.failure or "the rank group is starting"
-        return json_reply({"status": "unavailable", "reason": reason}, 503)
 
     def _status(self) -> Reply:
         try:

@@ -31,3 +31,26 @@ def handle_batch(backend: Backend, data: Sequence[Mapping[str, Any]], context: C
             backend.signal.wait()
             backend.signal.clear()
     return results
+
+
+class Batches:
+    """`handle_batch`, and how many requests it is at.
+
+    Args:
+        backend: opens and cancels requests.
+
+    Attributes:
+        num_open: requests of the batch that has not been answered.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self.num_open = 0
+        self._backend = backend
+
+    def handle(self, data: Sequence[Mapping[str, Any]], context: Context) -> list[bytes]:
+        """One call of TorchServe."""
+        self.num_open = len(data)
+        try:
+            return handle_batch(self._backend, data, context)
+        finally:
+            self.num_open = 0

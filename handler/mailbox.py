@@ -42,6 +42,11 @@ class Mailbox:
         self._watch = threading.Thread(target=self._watch_calls, name="tpserve-mailbox-watch", daemon=True)
         self._watch.start()
 
+    @property
+    def num_open(self) -> int:
+        """Requests that have not been answered."""
+        return len(self._open)
+
     def close(self) -> None:
         """Stops the watch."""
         self._closed.set()

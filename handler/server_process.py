@@ -49,7 +49,7 @@ class TorchServeProcess:
         config = self._folder / "config.properties"
         config.write_text("".join(f"{key}={value}\n" for key, value in settings.items()), encoding="utf-8")
         command = [
-            _torchserve(), "--foreground", "--start", "--ncs", "--model-store", str(model_store.resolve()),
+            find_torchserve(), "--foreground", "--start", "--ncs", "--model-store", str(model_store.resolve()),
             "--models", *models, "--ts-config", str(config),
         ]  # fmt: skip
         env = _environment(self._folder)
@@ -128,7 +128,12 @@ def _is_java(pid: int) -> bool:
         return False
 
 
-def _torchserve() -> str:
+def find_torchserve() -> str:
+    """The command's path.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
     beside = Path(sys.executable).with_name("torchserve")
     found = str(beside) if beside.exists() else shutil.which("torchserve")
     if found is None:
@@ -154,7 +159,22 @@ def _environment(folder: Path) -> dict[str, str]:
     temp = folder / "temp"
     temp.mkdir()
     logs = str(folder / "logs")
-    env = {**os.environ, "TEMP": str(temp), "TMPDIR": str(temp), "LOG_LOCATION": logs, "METRICS_LOCATION": logs}
+    return {
+        **java_environment(),
+        "TEMP": str(temp),
+        "TMPDIR": str(temp),
+        "LOG_LOCATION": logs,
+        "METRICS_LOCATION": logs,
+    }
+
+
+def java_environment() -> dict[str, str]:
+    """This process's environment, in which TorchServe finds Java and this Python.
+
+    Raises:
+        ConfigError: there is no Java.
+    """
+    env = dict(os.environ)
     java_home = _java_home()
     if java_home is not None:
         env["JAVA_HOME"] = java_home

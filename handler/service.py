@@ -12,15 +12,19 @@ from typing import Any
 
 from tpserve.engine.client import EngineClient
 from tpserve.engine.errors import ConfigError
+from tpserve.engine.grammar_check import GrammarChecker
 from tpserve.engine.process import die_with_parent, kill_parent_with_grandparent
 from tpserve.engine.requests import RequestReader
+from tpserve.engine.sampling_params import Guided
 from tpserve.engine.text.tokenizer import Tokenizer, TokenizerError
 from tpserve.handler.backend import Backend
-from tpserve.handler.blocking import handle_batch
+from tpserve.handler.blocking import Batches
 from tpserve.handler.config import HandlerConfig
+from tpserve.handler.ending import Ending
 from tpserve.handler.mailbox import Mailbox
 from tpserve.handler.torchserve import Context
 from tpserve.handler.tracing import RequestTracer
+from tpserve.model.checkpoint import CheckpointInfo
 
 Handle = Callable[[Sequence[Mapping[str, Any]], Context], list[bytes]]
 
@@ -59,8 +63,13 @@ class Service:
         backend = start_backend(config, client)
         atexit.register(client.close)
         if config.continuous_batching:
-            return cls(Mailbox(backend).handle)
-        return cls(lambda data, context: handle_batch(backend, data, context))
+            mailbox = Mailbox(backend)
+            handle, num_open = mailbox.handle, lambda: mailbox.num_open
+        else:
+            batches = Batches(backend)
+            handle, num_open = batches.handle, lambda: batches.num_open
+        Ending(client, backend.health, num_open).listen()
+        return cls(handle)
 
 
 def start_backend(config: HandlerConfig, client: EngineClient, model_name: str = "llama") -> Backend:
@@ -75,24 +84,41 @@ def start_backend(config: HandlerConfig, client: EngineClient, model_name: str =
         ConfigError: the model cannot be served so.
         EngineError: the engine did not come up.
     """
-    tokenizer = _tokenizer(config)
+    path = _tokenizer_path(config)
+    tokenizer = None if path is None else _tokenizer(path)
     template = config.load_chat_template(tokenizer)
     info = client.start()
     logger.info("serving %s: %s", config.engine.checkpoint_dir, info)
-    reader = RequestReader(tokenizer, client.checkpoint.args.vocab_size, info.max_seq_len)
+    vocab_size = client.checkpoint.args.vocab_size
+    grammars = None if path is None else GrammarChecker(path, vocab_size)
+    reader = RequestReader(
+        tokenizer, vocab_size, info.max_seq_len, _no_grammars if grammars is None else grammars.check
+    )
     tracer = RequestTracer.from_environment()
-    return Backend(client, tokenizer, reader, config.defaults, threading.Event(), model_name, template, tracer)
+    return Backend(
+        client, tokenizer, reader, config.defaults, threading.Event(), model_name, template, tracer, grammars
+    )
 
 
 def _idle(data: Sequence[Mapping[str, Any]], _context: Context) -> list[bytes]:
     return [b""] * len(data)
 
 
-def _tokenizer(config: HandlerConfig) -> Tokenizer | None:
+def _no_grammars(guided: Guided) -> None:
+    """Without a tokenizer there are none: the fields are refused before."""
+
+
+def _tokenizer_path(config: HandlerConfig) -> Path | None:
+    if config.tokenizer is not None:
+        return config.tokenizer
+    folder = Path(config.engine.checkpoint_dir)
+    name = CheckpointInfo.read(folder).tokenizer
+    return None if name is None else folder / name
+
+
+def _tokenizer(path: Path) -> Tokenizer:
     try:
-        if config.tokenizer is not None:
-            return Tokenizer(config.tokenizer)
-        return Tokenizer.from_checkpoint(Path(config.engine.checkpoint_dir))
+        return Tokenizer(path)
     except TokenizerError as e:
         raise ConfigError(str(e)) from None
 

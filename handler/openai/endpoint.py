@@ -6,6 +6,7 @@ import functools
 import time
 from typing import TYPE_CHECKING
 
+from tpserve.engine.grammar_check import UnknownGrammarError
 from tpserve.handler.http import HttpRequest, Signal
 from tpserve.handler.open_request import Pending
 from tpserve.handler.openai.answers import Head
@@ -28,6 +29,8 @@ def answered(endpoint: Endpoint) -> Endpoint:
     ) -> Pending | Reply:
         try:
             return endpoint(backend, request_id, request, signal, stream)
+        except UnknownGrammarError:  # the backend's affair
+            raise
         except Exception as e:  # noqa: BLE001 -- whatever it is, it is this request's alone, and logged there
             return error_reply(e)
 

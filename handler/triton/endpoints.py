@@ -28,9 +28,9 @@ def live(backend: Backend, request_id: str, request: HttpRequest, signal: Signal
     return Reply(b"")
 
 
-def ready(backend: Backend, request_id: str, request: HttpRequest, signal: Signal, stream: bool) -> Reply:
-    """`v2/health/ready`: 503 while no tokens can be made."""
-    return Reply(b"", status=200 if backend.engine.ready else 503)
+def ready(backend: Backend, request_id: str, request: HttpRequest, signal: Signal, stream: bool) -> Pending | Reply:
+    """`v2/health/ready`: 503 with the reason while no tokens can be made."""
+    return backend.health.ask(signal, bare=True)
 
 
 def models(backend: Backend, request_id: str, request: HttpRequest, signal: Signal, stream: bool) -> Pending | Reply:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,7 +15,11 @@ from tpserve.engine.requests import RequestReader
 from tpserve.engine.sampling_params import SamplingParams
 from tpserve.engine.text.tokenizer import Tokenizer
 from tpserve.handler.backend import Backend
+from tpserve.handler.health import Probe
+from tpserve.handler.open_request import Pending
 from tpserve.handler.predictions import Defaults
+from tpserve.handler.preparing import Prepared
+from tpserve.handler.replies import Reply
 
 MAX_SEQ_LEN = 64
 
@@ -32,6 +37,9 @@ class FakeEngine:
         self.urgency: dict[str, tuple[int, float | None]] = {}
         self.metrics = EngineMetrics()
         self.refusal: Exception | None = None
+
+    def unhealthy_reason(self) -> str | None:
+        return None if self.ready else (self.failure or "the rank group is starting")
 
     def submit(
         self,
@@ -111,3 +119,13 @@ def reader() -> RequestReader:
 def body(value: Any, content_type: str = "application/json", url_path: str = "") -> tuple[Any, dict[str, Any]]:
     """(data, headers) as TorchServe hands over a new request."""
     return {"body": value}, {"body": {"content-type": content_type}, "url_path": url_path}
+
+
+def settled(asked: Pending | Reply, timeout_s: float = 30.0) -> Pending | Reply:
+    """What a request becomes when the threads that read it, or probe the engine for it, are done."""
+    deadline_s = time.monotonic() + timeout_s
+    while isinstance(asked, Prepared | Probe):
+        assert time.monotonic() < deadline_s
+        asked = (asked.opened if isinstance(asked, Prepared) else asked.take()) or asked
+        time.sleep(0.001)
+    return asked

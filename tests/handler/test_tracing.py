@@ -14,7 +14,7 @@ from opentelemetry.sdk.trace.export import ConsoleSpanExporter, SimpleSpanProces
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
-from tests.handler.fakes import FakeEngine, backend
+from tests.handler.fakes import FakeEngine, backend, settled
 from tpserve.engine.errors import RequestError
 from tpserve.handler.backend import Backend
 from tpserve.handler.http import HttpRequest
@@ -128,7 +128,7 @@ def test_what_the_engine_did_not_take_has_no_span(
     engine: FakeEngine, traced: Backend, exporter: InMemorySpanExporter
 ) -> None:
     assert isinstance(ask(traced, b'{"prompt": 5}'), Reply)
-    assert isinstance(ask(traced, b"", "health"), Reply)
+    assert isinstance(settled(ask(traced, b"", "health")), Reply)
     engine.refusal = RequestError("too many", status=429)
     assert isinstance(ask(traced, b'{"prompt": "the wolf"}'), Reply)
     assert not exporter.get_finished_spans()

@@ -6,7 +6,7 @@ import json
 import threading
 from typing import Any
 
-from tests.handler.fakes import FakeEngine, tokenizer
+from tests.handler.fakes import FakeEngine, settled, tokenizer
 from tpserve.engine.requests import RequestReader
 from tpserve.engine.sampling_params import SamplingParams
 from tpserve.engine.text.detokenizer import IncrementalDetokenizer
@@ -36,7 +36,7 @@ class Client:
     def ask(self, path: str, body: Any, live: bool = True) -> Reply | None:
         """Asks; the reply if it is known at once."""
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-        asked = self.backend.serve("r", HttpRequest(path, raw, "application/json"), threading.Event(), live)
+        asked = settled(self.backend.serve("r", HttpRequest(path, raw, "application/json"), threading.Event(), live))
         if isinstance(asked, Reply):
             return asked
         self.pending = asked

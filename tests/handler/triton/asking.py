@@ -6,7 +6,7 @@ import json
 import threading
 from typing import Any
 
-from tests.handler.fakes import FakeEngine, backend
+from tests.handler.fakes import FakeEngine, backend, settled
 from tpserve.engine.sampling_params import SamplingParams
 from tpserve.handler.backend import Backend
 from tpserve.handler.http import HttpRequest
@@ -29,7 +29,7 @@ class Asking:
         self._number += 1
         sent = body if isinstance(body, bytes) else json.dumps(body).encode()
         request = HttpRequest(path, sent, "application/json", headers or {})
-        return self.backend.serve(f"r{self._number}", request, threading.Event(), **more)
+        return settled(self.backend.serve(f"r{self._number}", request, threading.Event(), **more))
 
     def open(self, path: str, body: Any, headers: dict[str, str] | None = None, **more: Any) -> Pending:
         opened = self.start(path, body, headers, **more)
