@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import socket
 
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # not in its __all__
 from torch.distributed.elastic.rendezvous import static_tcp_rendezvous
 
 

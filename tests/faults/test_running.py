@@ -1,9 +1,13 @@
-"""A server does not mind what happens to its checkpoint folder; a relaunch that reads a damaged one says so."""
+"""A server listens on loopback only and does not mind what happens to its checkpoint
+folder; a relaunch that reads a damaged one says so.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import stat
 from pathlib import Path
 
 import pytest
@@ -16,6 +20,7 @@ from tpserve.convert.errors import ConvertError
 from tpserve.engine.client import EngineClient
 from tpserve.engine.config import EngineConfig
 from tpserve.engine.errors import EngineError
+from tpserve.engine.process import command_line
 from tpserve.handler.replies import error_reply
 from tpserve.model.loader import load_model
 
@@ -34,6 +39,22 @@ def test_no_map_of_a_file_is_kept(folder: Path) -> None:
     assert all(map(torch.equal, before, model.parameters()))
 
 
+def listening(pids: list[int]) -> set[str]:
+    """The addresses, as /proc/net/tcp writes them, on which these processes listen."""
+    sockets: set[str] = set()
+    for pid in pids:
+        for fd in Path(f"/proc/{pid}/fd").glob("*"):
+            with contextlib.suppress(OSError):
+                sockets.add(os.readlink(fd).removeprefix("socket:[").removesuffix("]"))
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and fields[9] in sockets:  # TCP_LISTEN, inode
+                found.add(fields[1].partition(":")[0])
+    return found
+
+
 def test_a_server_outlives_its_folder_and_a_relaunch_refuses(folder: Path) -> None:
     client = EngineClient(
         EngineConfig(
@@ -44,6 +65,10 @@ def test_a_server_outlives_its_folder_and_a_relaunch_refuses(folder: Path) -> No
     request = {"max_new_tokens": 12, "ignore_eos": True, "seed": 3, "temperature": 0.9}
     try:
         client.start()
+        # torchrun's store and gloo's sockets: on 127.0.0.1; our own: in a folder that nobody else may enter.
+        assert listening(client.pids) == {"0100007F"}
+        folders = {Path(command_line(pid)[-1]) for pid in client.pids}
+        assert [stat.S_IMODE(path.stat().st_mode) for path in folders if path.is_dir()] == [0o700] * len(folders)
         expected = Collected(client, [5, 6], **request).wait()
         with pytest.raises(ConvertError, match="is not empty"):
             convert(folder.parent / "in", folder, progress=False)

@@ -1,0 +1,288 @@
+"""What strangers can reach, make us reach, or read in what we say; see docs/security.md."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import hmac
+import json
+import logging
+import re
+import select
+import socket
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.handler.fakes import FakeEngine, tokenizer
+from tests.handler.web import Web, serving, wait_for
+from tests.test_architecture import MAY_IMPORT, ROOT
+from tpserve.engine.errors import ConfigError, EngineError, RequestError
+from tpserve.engine.guided import Grammars
+from tpserve.engine.sampling_params import Guided
+from tpserve.handler.api_keys import ApiKeys
+from tpserve.handler.front_config import FrontConfig
+from tpserve.handler.replies import public
+from tpserve.handler.server_process import _packaged_properties
+
+PREDICT, CHAT, TEXT, TRITON = (
+    "/predictions/llama", "/v1/chat/completions", "/v1/completions", "/v2/models/llama/generate",
+)  # fmt: skip
+FILE = "/srv/secret/checkpoints/layers.7.distcp"
+# What no reply may hold: folders, Python's files, frames, names of objects in memory.
+LEAK = re.compile(
+    rb"/(srv|tmp|work|home|usr|root)/|site-packages|\.py\b|Traceback|line \d+, in|0x[0-9a-f]{6}| object at 0x\d"
+)
+
+
+def test_both_fronts_listen_on_loopback_unless_they_are_told() -> None:
+    properties = _packaged_properties()
+    addresses = {name: value for name, value in properties.items() if name.endswith("address")}
+    assert len(addresses) == 5
+    for value in addresses.values():
+        assert value.removeprefix("http://").partition(":")[0] == "127.0.0.1"
+    # What stands in environment variables does not change that, and nobody registers models over HTTP.
+    assert (properties["enable_envvars_config"], properties["enable_model_api"]) == ("false", "false")
+    assert properties["allowed_urls"].startswith("file://")
+    assert "plugins_path" not in properties
+    assert FrontConfig.from_options("nowhere", None, {}).host == "127.0.0.1"
+
+
+# Of calls in the rooms: what would execute what it reads, or pickle what it sends.
+FORBIDDEN = {
+    "broadcast_object_list", "all_gather_object", "gather_object", "scatter_object_list", "send_object_list",
+    "recv_object_list", "send_pyobj", "recv_pyobj", "send_serialized", "unsafe_load", "full_load", "eval_file",
+}  # fmt: skip
+# (module, function) → the files that may call it
+ONLY_IN = {
+    ("pickle", "load"): set(),
+    ("pickle", "loads"): set(),
+    ("yaml", "load"): set(),
+    ("torch", "load"): {"convert/shard_files.py"},  # with weights_only, see below
+    ("os", "system"): set(),
+    ("jinja2", "Environment"): set(),
+    ("jinja2", "Template"): set(),
+}  # fmt: skip
+
+
+def test_nothing_is_unpickled_or_evaluated() -> None:
+    for room in MAY_IMPORT.keys() - {"bench"}:  # which nobody serves with
+        for path in (ROOT / room).rglob("*.py"):
+            where = str(path.relative_to(ROOT))
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Call):
+                    check_call(node, where)
+
+
+def check_call(call: ast.Call, where: str) -> None:
+    if isinstance(call.func, ast.Name):
+        assert call.func.id not in {"eval", "exec", "compile"} | FORBIDDEN, where
+        return
+    if not isinstance(call.func, ast.Attribute):
+        return
+    name = call.func.attr
+    assert name not in FORBIDDEN, (where, name)
+    module = call.func.value.id if isinstance(call.func.value, ast.Name) else ""
+    assert where in ONLY_IN.get((module, name), {where}), (where, module, name)
+    keywords = {keyword.arg: keyword.value for keyword in call.keywords}
+    if (module, name) == ("torch", "load"):
+        assert ast.literal_eval(keywords["weights_only"]) is True
+    assert "allow_pickle" not in keywords, where
+    shell = keywords.get("shell")
+    assert shell is None or ast.literal_eval(shell) is False, where
+
+
+def test_sockets_between_processes_are_ipc() -> None:
+    for room in ("engine", "handler"):
+        for path in (ROOT / room).rglob("*.py"):
+            text = path.read_text(encoding="utf-8")
+            assert not re.search(r"tcp://|inproc://|pgm://", text), path
+            assert "requests" not in re.findall(r"^import (\w+)", text, re.MULTILINE), path
+
+
+def test_keys_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[bytes] = []
+
+    def compare(a: bytes, b: bytes) -> bool:
+        compared.append(b)
+        return a == b
+
+    monkeypatch.setattr(hmac, "compare_digest", compare)
+    keys = ApiKeys(["first", "second", "third"])
+    for given, allowed in (("first", True), ("third", True), ("x", False), ("", False)):
+        compared.clear()
+        assert keys.allow({"authorization": f"Bearer {given}"}) is allowed
+        assert compared == [b"first", b"second", b"third"]  # all of them, whichever it is
+
+
+@contextlib.contextmanager
+def trap() -> Iterator[tuple[str, list[object]]]:
+    """A place on this machine that nobody should ask; its URL, and who has."""
+    came: list[object] = []
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        listening.settimeout(0.05)
+        done = threading.Event()
+
+        def listen() -> None:
+            while not done.is_set():
+                with contextlib.suppress(TimeoutError):
+                    connection, address = listening.accept()
+                    came.append(address)
+                    connection.close()
+
+        thread = threading.Thread(target=listen)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}/x", came
+        finally:
+            done.set()
+            thread.join()
+
+
+def with_urls(url: str) -> list[tuple[str, dict[str, Any]]]:
+    """Requests that name something elsewhere."""
+    user = {"role": "user", "content": "hello"}
+    image = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}
+    schema = {"$schema": url, "$id": url, "$ref": url + "#/a"}
+    named = {"name": "s", "schema": schema}
+    function = {"name": "f", "description": url, "parameters": schema}
+    return [
+        (CHAT, {"messages": [image]}),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": url}}]}]}),
+        (CHAT, {"messages": [user], "chat_template": url, "chat_template_kwargs": {"url": url}}),
+        (CHAT, {"messages": [user], "tools": [{"type": "function", "function": function}], "tool_choice": "required"}),
+        (CHAT, {"messages": [user], "tools": [{"type": "mcp", "server_url": url}]}),
+        (CHAT, {"messages": [user], "response_format": {"type": "json_schema", "json_schema": named}}),
+        (CHAT, {"messages": [user], "model": url}),
+        (TEXT, {"prompt": url, "guided_json": schema}),
+        (PREDICT, {"prompt": url, "guided_json": schema}),
+        (PREDICT, {"prompt": "hello", "webhook": url}),
+        (TRITON, {"text_input": "hello", "image_bytes": url, "image_url_input": url}),
+        ("/v2/systemsharedmemory/region/a/register", {"key": url}),
+    ]  # fmt: skip
+
+
+def test_nobody_makes_us_ask_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    lookup = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *a, **k: asked.append(host) or lookup(host, *a, **k))
+    with trap() as (url, came), serving() as web:
+        for path, body in with_urls(url):
+            data = json.dumps(body).encode()
+            head = f"POST {path} HTTP/1.1\nHost: x\nContent-Type: application/json\nContent-Length: {len(data)}\n\n"
+            with web.raw(head, data) as connection:  # refused, or taken as text
+                wait_for(lambda: web.engine.submitted or select.select([connection], [], [], 0)[0])
+            wait_for(lambda: not web.engine.submitted)
+        grammars = Grammars(tokenizer(), tokenizer().vocab_size)
+        for reference in (url, url + "#/a", url.replace("http", "https"), "file:///etc/passwd"):
+            for schema in ({"$ref": reference}, {"$id": url, "$ref": "other"}, {"$schema": reference, "type": "null"}):
+                with contextlib.suppress(RequestError):
+                    grammars.check(Guided("json", json.dumps(schema)))
+        assert not came
+    assert set(asked) <= {"127.0.0.1"}
+
+
+WRONG: list[tuple[str, str, Any, dict[str, str]]] = [
+    ("GET", "/nowhere", None, {}),
+    ("GET", "/../../etc/passwd", None, {}),
+    ("POST", "/predictions/other", {"prompt": "x"}, {}),
+    ("DELETE", CHAT, None, {}),
+    ("POST", "/v2/models/other/generate", {"text_input": "x"}, {}),
+    ("POST", "/v2/repository/index", {}, {}),
+    ("GET", "/v2/models/llama/versions/7", None, {}),
+    ("GET", "/trace/x", None, {}),
+    ("POST", CHAT, b"\xff\xfe", {}),
+    ("POST", CHAT, b"{" * 20_000, {}),
+    ("POST", CHAT, {"messages": "x"}, {"Content-Encoding": "gzip"}),
+    *((
+        "POST", path, body, {}
+    ) for path in (PREDICT, CHAT, TEXT, TRITON) for body in (
+        {}, [], "x", {"prompt": 5}, {"prompt": "x", "guided_regex": "("},
+        {"prompt": "x", "guided_json": {"type": "no"}},
+        {"prompt": "x", "guided_choice": object.__name__}, {"messages": [{"role": "x"}]}, {"text_input": None},
+        {"prompt": "x", "max_tokens": 10**30}, {"text_input": "x", "temperature": "hot"},
+        {"messages": [{"role": "user", "content": "x"}], "response_format": {"type": "json_schema"}},
+        {"messages": [{"role": "user", "content": "x"}], "tools": [{"type": "function", "function": {"name": "%"}}]},
+    )),
+]  # fmt: skip
+
+GOOD: dict[str, dict[str, Any]] = {
+    PREDICT: {"prompt": "one two"},
+    CHAT: {"messages": [{"role": "user", "content": "one two"}]},
+    TEXT: {"prompt": "one two"},
+    TRITON: {"text_input": "one two"},
+    "/v2/models/llama/generate_stream": {"text_input": "one two"},
+}
+
+FAULTS: list[Exception] = [
+    EngineError(f"the engine has given up: {FILE} is damaged (<Rank object at 0x7f12345678ab>)"),
+    EngineError(f'Traceback (most recent call last):\n  File "{FILE}.py", line 3, in f\nOSError: {FILE}: no'),
+    ConfigError(f"{FILE} is damaged"),
+    RuntimeError(f"{FILE} at 0x7f12345678ab"),
+    KeyError(FILE),
+]
+
+
+def test_errors_name_no_folder_and_no_address() -> None:
+    engine = FakeEngine()
+    with serving(engine=engine) as web:
+        for method, path, body, headers in WRONG:
+            answer = web.ask(method, path, body, headers)
+            assert 400 <= answer.status < 500, (path, body, answer.body)
+            assert not LEAK.search(answer.body), (path, body, answer.body)
+        for fault in FAULTS:
+            engine.refusal = fault
+            for path, body in GOOD.items():
+                for stream in (False, True):
+                    answer = web.ask("POST", path, body | ({} if path.startswith("/v2") else {"stream": stream}))
+                    assert answer.status in (500, 503), (path, answer.body)
+                    assert not LEAK.search(answer.body), (path, fault, answer.body)
+        engine.refusal = None
+        for path, body in GOOD.items():
+            for stream in (False, True):
+                for begun in (False, True):
+                    body = body | ({} if path.startswith("/v2") else {"stream": stream})
+                    assert not LEAK.search(dying(web, path, body, begun)), (path, stream, begun)
+
+
+def dying(web: Web, path: str, body: dict[str, Any], begun: bool) -> bytes:
+    """The reply to a request whose engine dies."""
+    replies: list[bytes] = []
+    thread = threading.Thread(target=lambda: replies.append(web.ask("POST", path, body).body))
+    thread.start()
+    (request_id,) = web.submitted()
+    if begun:
+        web.engine.say(request_id, tokenizer().encode("one two three", bos=False, eos=False))
+    web.engine.say(request_id, [], "error", error=f"the engine has given up: {FILE} is damaged 0x7f12345678ab")
+    thread.join()
+    assert b"layers.7.distcp" in replies[0], replies[0]
+    return replies[0]
+
+
+def test_files_are_named_without_their_folders() -> None:
+    assert public(f"{FILE} is damaged") == "layers.7.distcp is damaged"
+    assert public(f"gave up: '{FILE}', again") == "gave up: 'layers.7.distcp', again"
+    assert public("3/4 of it, http://a.b/c/d, and/or #/$defs/x") == "3/4 of it, http://a.b/c/d, and/or #/$defs/x"
+    assert public("<x at 0x7f0011223344>") == "<x at 0x…>"
+
+
+def test_logs_hold_no_prompt(caplog: pytest.LogCaptureFixture) -> None:
+    word = "xylophonesecret"
+    engine = FakeEngine()
+    with caplog.at_level(logging.INFO), serving(engine=engine, keys=(word + "key",)) as web:
+        headers = {"Authorization": f"Bearer {word}key"}
+        for path, body in GOOD.items():
+            text = json.dumps(body).replace("one two", word)
+            for fault in (EngineError("no"), RuntimeError("ours")):
+                engine.refusal = fault
+                assert web.ask("POST", path, text.encode(), headers).status in (500, 503)
+                assert web.ask("POST", path, text.encode()).status == 401
+            assert web.ask("POST", path, (text + "}").encode(), headers).status == 400
+            assert (
+                web.ask("POST", path, text.replace("{", '{"temperature": "hot", ', 1).encode(), headers).status == 400
+            )
+            assert web.ask("GET", f"{path}?key={word}", None, headers).status in (404, 405)
+    assert caplog.text.count('"status": 401') >= 5  # the access log is there
+    assert word not in caplog.text
