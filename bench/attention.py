@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tpserve.bench.convert_memory import write_result
 from tpserve.model.kernels.paged_attention import choose_splits, decode_scratch, paged_decode_attention
-from tpserve.model.kernels.prefill_attention import paged_prefill_attention
+from tpserve.model.kernels.prefill_attention import paged_prefill_attention, prefill_tiles
 
 LIMITS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 SHAPES = [(32, 32, 128), (16, 2, 128), (32, 8, 64), (6, 2, 16), (4, 4, 8), (2, 1, 80), (4, 2, 256)]
@@ -53,7 +53,6 @@ class Paged:
     lens: torch.Tensor
     slots: list[torch.Tensor]
     block_size: int
-    max_query_len: int
 
     def decode(self, num_splits: int | None = None) -> torch.Tensor:
         """`paged_decode_attention` into a poisoned output."""
@@ -71,10 +70,15 @@ class Paged:
         """`paged_prefill_attention` into a poisoned output."""
         out = torch.full_like(self.q_THE, float("nan"))
         paged_prefill_attention(
-            self.q_THE, self.k_cache, self.v_cache, self.tables_RB, self.rows, self.starts, self.contexts,
-            self.max_query_len, out, block_size=self.block_size,
-        )  # fmt: skip
+            self.q_THE, self.k_cache, self.v_cache, self.tables_RB, self.tiles(), out, block_size=self.block_size
+        )
         return out
+
+    def tiles(self) -> torch.Tensor:
+        """Of `prefill`."""
+        T, H, E = self.q_THE.shape
+        K = self.k_cache.shape[1]
+        return prefill_tiles(self.rows, self.starts, self.contexts, T, H, K, E, self.q_THE.dtype)
 
     def reference(self) -> torch.Tensor:
         """The same in float64, a sequence at a time."""
@@ -127,7 +131,7 @@ def paged(
     return Paged(
         q_THE, k_cache, v_cache, tables_RB, rows.to(index), starts,
         torch.tensor(contexts, dtype=torch.int32, device=device), torch.tensor(lens, dtype=torch.int32, device=device),
-        slots, block_size, max(queries),
+        slots, block_size,
     )  # fmt: skip
 
 
@@ -245,14 +249,12 @@ def measure_prefill(heads: int, kv_heads: int, P: int, queries: int, context: in
     E, dtype, L = 128, torch.bfloat16, context + queries
     c = paged([context] * P, [queries] * P, heads=heads, kv_heads=kv_heads, width=E, dtype=dtype, block_size=block_size)
     out = torch.empty(P * queries, heads, E, dtype=dtype, device="cuda")
-    figures = {
-        "paged": time_us([
-            lambda: paged_prefill_attention(
-                c.q_THE, c.k_cache, c.v_cache, c.tables_RB, c.rows, c.starts, c.contexts, queries, out,
-                block_size=block_size,
-            )
-        ] * 10)
-    }  # fmt: skip
+    tiles = c.tiles()
+
+    def call() -> None:
+        paged_prefill_attention(c.q_THE, c.k_cache, c.v_cache, c.tables_RB, tiles, out, block_size=block_size)
+
+    figures = {"paged": time_us([call] * 10)}
     q = c.q_THE.reshape(P, queries, heads, E).transpose(1, 2)
     k, v = (
         cache[: P * L].nan_to_num(0.5).view(P, L, kv_heads, E).transpose(1, 2).repeat_interleave(heads // kv_heads, 1)

@@ -1,10 +1,10 @@
 """Where a step's time goes on a GPU, kernel by kernel: `python -m tpserve.bench.kernel_times --model 7B`.
 
-Steps of the network alone, at a model's real shapes with random weights: prompts of `--prefill` tokens, and decode steps
-of `--decode` batch x context. For each: the median time by the device's clock; the floor, which is the longer of what
-its bytes take at the memory's bandwidth and what its operations take at the processors' rate; every kernel's calls and
-time, by torch's profiler; and the gap: the step's time less its kernels' (negative where they overlap). Several ranks:
-`torchrun --nproc-per-node 2 -m tpserve.bench.kernel_times --tp 2 …`.
+Steps of the network alone, at a model's real shapes with random weights: prompts of `--prefill` tokens, and steps that
+decode, of `--decode` batch x context. For each: the median time by the device's clock; the floor, which is the longer
+of what its bytes take at the memory's bandwidth and what its operations take at the processors' rate; every kernel's
+calls and time, by torch's profiler; and the gap: the step's time less its kernels' (negative where they overlap).
+Several ranks: `torchrun --nproc-per-node 2 -m tpserve.bench.kernel_times --tp 2 …`.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def time_ms(step: Callable[[], Any], repeats: int = 5, steps: int = 10) -> float
         end.synchronize()
         if repeat:  # the first warms up
             times.append(start.elapsed_time(end) / steps)
-    return statistics.median(times)
+    return float(statistics.median(times))
 
 
 @torch.inference_mode()

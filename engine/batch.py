@@ -1,111 +1,22 @@
-"""The batch as the device knows it: a row a running sequence, written when it changes, read by index every step.
+"""The draws of a step: each sequence's sampling parameters as tensors, sent when they change.
 
-Rows hold what would otherwise travel to the device every step: tokens, block tables, sampling parameters. A step draws
-its tokens straight into the rows, where the next one reads them: the host need not know them in between.
-
-Shape suffixes: R rows, L positions, B blocks of a table, N draws of a step, T tokens of a step, V vocabulary.
+Shape suffixes: N draws of a step, V vocabulary, R, L as in `rows.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence as Seq
-from typing import Any
 
 import numpy as np
 import torch
 
+from tpserve.engine.rows import BatchState, Uploader
 from tpserve.engine.sequence import Sequence
-from tpserve.engine.step import StepPlan
 from tpserve.model.logits import BadWords, Penalties, SamplingBatch, SparseBias
 from tpserve.model.sampling import next_top_p
 
-Array = np.ndarray[Any, Any]
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
-
-
-class BatchState:
-    """The device's side: tokens, tables, and the one parameter that changes with the tokens drawn.
-
-    Only touched by jobs of the device queue.
-
-    Args:
-        num_rows: sequences that may run at once.
-        max_len: longest sequence.
-        max_blocks: its blocks.
-        device: of the model.
-    """
-
-    def __init__(self, num_rows: int, max_len: int, max_blocks: int, device: torch.device) -> None:
-        # One more: the profiling pass draws a token after the longest sequence.
-        self.tokens_RL = torch.zeros(num_rows, max_len + 1, dtype=torch.int64, device=device)
-        self.tables_RB = torch.zeros(num_rows, max_blocks, dtype=torch.int64, device=device)
-        self.top_p_R = torch.ones(num_rows, dtype=torch.float64, device=device)
-
-
-class Uploader:
-    """Moves small host arrays to the device without waiting for it.
-
-    Args:
-        device: of the model.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._pins = device.type == "cuda"
-
-    def __call__(self, values: Array | Seq[Any], dtype: Any = None) -> torch.Tensor:
-        """A tensor of its own on the device; pinned memory is given back by torch once the copy is done."""
-        host = torch.from_numpy(np.array(values, dtype=dtype))
-        return host.pin_memory().to(self.device, non_blocking=True) if self._pins else host
-
-
-@dataclasses.dataclass(frozen=True)
-class Changes:
-    """What a plan changes in the rows, as it was when the plan was made: the host goes on changing its sequences."""
-
-    loads: list[tuple[int, torch.Tensor, torch.Tensor, float]]  # row, tokens, table, top_p
-    blocks: torch.Tensor | None  # [3, n]: row, place, block
-    writes: torch.Tensor | None  # [3, n]: row, position, token
-
-    @classmethod
-    def of(cls, plan: StepPlan, upload: Uploader) -> Changes:
-        """Reads a plan; sequences that lost their row since are left out."""
-        loads = [
-            (seq.row, upload(seq.token_ids, np.int64), upload(seq.block_table, np.int64), _top_p_now(seq))
-            for seq in plan.loads
-            if seq.row is not None
-        ]
-        blocks = [(seq.row, place, block) for seq, place, block in plan.new_blocks if seq.row is not None]
-        writes = [(seq.row, position, token) for seq, position, token in plan.writes if seq.row is not None]
-        return cls(
-            loads,
-            upload(list(zip(*blocks, strict=True)), np.int64) if blocks else None,
-            upload(list(zip(*writes, strict=True)), np.int64) if writes else None,
-        )
-
-    def apply(self, state: BatchState) -> None:
-        """Runs on the device."""
-        for row, tokens, table, top_p in self.loads:
-            state.tokens_RL[row, : len(tokens)] = tokens
-            state.tables_RB[row, : len(table)] = table
-            state.top_p_R[row].fill_(top_p)
-        if self.blocks is not None:
-            state.tables_RB[self.blocks[0], self.blocks[1]] = self.blocks[2]
-        if self.writes is not None:
-            state.tokens_RL[self.writes[0], self.writes[1]] = self.writes[2]
-
-
-def _top_p_now(seq: Sequence) -> float:
-    """What `next_top_p` has made of a sequence's top_p, recomputed from its tokens: bit-equal to the device's."""
-    params = seq.params
-    if params.top_p_decay == 1:
-        return params.top_p
-    value = params.top_p
-    for token in seq.token_ids[seq.num_prompt_tokens :]:
-        value = params.top_p if token in params.top_p_reset_ids else max(value * params.top_p_decay, params.top_p_min)
-    return value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +62,7 @@ class Draws:
         return SamplingBatch(
             temperature_N=s.temperature_N,
             top_k_N=s.top_k_N,
-            top_p_N=s.top_p_N if s.decay is None else state.top_p_R[s.rows_N],
+            top_p_N=s.top_p_N if s.decay is None else self._decayed_top_p(state, s.decay[1]),
             min_p_N=s.min_p_N,
             seed_N=s.seed_N,
             position_N=self.positions_N,
@@ -165,6 +76,10 @@ class Draws:
             allowed_NW=allowed_NW,
             max_top_k=s.max_top_k,
         )
+
+    def _decayed_top_p(self, state: BatchState, decay_N: torch.Tensor) -> torch.Tensor:
+        # Only rows that decay have a state of their own.
+        return torch.where(decay_N < 1, state.top_p_R[self.static.rows_N], self.static.top_p_N)
 
     def store(self, state: BatchState, tokens_N: torch.Tensor) -> None:
         """Writes the tokens drawn into the rows; runs on the device."""

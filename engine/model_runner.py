@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from tpserve.engine.batch import Array, BatchState, Changes, DrawBuilder, Draws, Uploader
+from tpserve.engine.batch import DrawBuilder, Draws
 from tpserve.engine.config import EngineConfig
 from tpserve.engine.device_queue import DeviceQueue, device_clock, device_queue
 from tpserve.engine.protocol import PromptLogprob, TopLogprobs
+from tpserve.engine.rows import Array, BatchState, Changes, Parcel, Uploader
 from tpserve.engine.sequence import Sequence
 from tpserve.engine.step import Candidate, StepPlan, StepResult
 from tpserve.model.attention import SequenceSlice
@@ -133,25 +134,29 @@ class ModelRunner:
                     draw_rows.append(end - 1 - i)
                     draw_positions.append(start + n - i)
         prompt, prompt_rows = self._prompt_rows(plan)
-        changes = Changes.of(plan, self._upload)
         copies = self._upload(list(zip(*plan.copies, strict=True)), np.int64) if plan.copies else None
-        rows_T, positions_T = self._upload(flat)
         draw_rows += prompt_rows
         all_drawn = len(draw_rows) == end and draw_rows == list(range(end))
+        parcel = Parcel()
+        rows_at, positions_at = parcel.add(flat[0]), parcel.add(flat[1])
+        chunks_at = parcel.add(list(zip(*chunks, (0, end, 0), strict=True))) if chunks else None
+        logits_at = None if all_drawn else parcel.add(draw_rows)
+        changes = Changes.of(plan, parcel)
+        sent = parcel.send(self._upload)
         inputs = StepInputs(
-            rows_T=rows_T,
-            positions_T=positions_T,
+            rows_T=sent[rows_at],
+            positions_T=sent[positions_at],
             decode_lens=decode_lens,
             prefills=prefills,
-            chunks_3P=self._upload(list(zip(*chunks, (0, end, 0), strict=True)), np.int64) if chunks else None,
-            logits_rows_N=None if all_drawn else self._upload(draw_rows, np.int64),
+            chunks_3P=None if chunks_at is None else sent[chunks_at],
+            logits_rows_N=None if logits_at is None else sent[logits_at],
         )
         marks: list[Any] = []
 
         def network() -> torch.Tensor:
             if timed:
                 marks.append(self._clock.mark())
-            changes.apply(self._state)
+            changes.apply(self._state, sent)
             if copies is not None:
                 self._cache.copy_blocks(copies[0], copies[1])
             return self.network(inputs)

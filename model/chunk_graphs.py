@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 
 from tpserve.model.fused_forward import Chunks, FusedForward
+from tpserve.model.kernels.staging import Staged
 
 BUCKETS = (16, 32, 64, 128, 256, 512, 1024)
 MAX_PARTS = 16
@@ -27,16 +28,9 @@ class ChunkGraphs:
     """
 
     def __init__(self, forward: FusedForward, tokens_RL: torch.Tensor, vocab_size: int) -> None:
-        device, largest = tokens_RL.device, BUCKETS[-1]
+        device = tokens_RL.device
         self._forward, self._tokens_RL = forward, tokens_RL
-
-        def zeros(*shape: int) -> torch.Tensor:
-            return torch.zeros(shape, dtype=torch.int64, device=device)
-
-        self._rows_T, self._positions_T = zeros(largest), zeros(largest).fill_(-1)
-        self._rows_P, self._starts_P1, self._contexts_P = zeros(MAX_PARTS), zeros(MAX_PARTS + 1), zeros(MAX_PARTS)
-        self._logits_rows_N = zeros(MAX_PARTS)
-        self._counting = torch.arange(MAX_PARTS, device=device)
+        self._staged = Staged.empty(BUCKETS[-1], MAX_PARTS, device)
         self._logits_NV = torch.zeros(MAX_PARTS, vocab_size, dtype=torch.float32, device=device)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -50,19 +44,20 @@ class ChunkGraphs:
         return next((bucket for bucket in BUCKETS if bucket >= num_tokens and bucket in self._graphs), None)
 
     def _compute(self, bucket: int) -> None:
-        rows_T, positions_T = self._rows_T[:bucket], self._positions_T[:bucket]
+        staged = self._staged
+        rows_T, positions_T = staged.rows_T[:bucket], staged.positions_T[:bucket]
         tokens_T = self._tokens_RL[rows_T, positions_T.clamp(min=0)]
-        chunks = Chunks(self._rows_P, self._starts_P1, self._contexts_P, bucket)
-        self._logits_NV.copy_(self._forward(tokens_T, rows_T, positions_T, 0, chunks, self._logits_rows_N))
+        chunks = Chunks(staged.rows_P, staged.starts_P1, staged.contexts_P)
+        self._logits_NV.copy_(self._forward(tokens_T, rows_T, positions_T, 0, chunks, staged.logits_rows_N))
 
     @torch.no_grad()
     def capture(self, bucket: int) -> None:
         """Makes one bucket's graph, on padding."""
-        current = torch.cuda.current_stream(self._rows_T.device)
+        current = torch.cuda.current_stream(self._tokens_RL.device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
-            self._positions_T.fill_(-1)
-            self._starts_P1.zero_()
+            self._staged.positions_T.fill_(-1)
+            self._staged.starts_P1.zero_()
             self._compute(bucket)
             self._stream.synchronize()
             graph = torch.cuda.CUDAGraph()
@@ -84,21 +79,8 @@ class ChunkGraphs:
         Returns:
             float32 logits [N, V], overwritten by the next call.
         """
-        t, s, p = len(rows_T), num_decodes, chunks_3P.shape[1] - 1
-        bucket = self._bucket(t)
+        bucket = self._bucket(len(rows_T))
         assert bucket is not None
-        self._rows_T[:t].copy_(rows_T)
-        self._positions_T[:t].copy_(positions_T)
-        self._positions_T[t:bucket].fill_(-1)
-        self._rows_P[:s].copy_(rows_T[:s])
-        self._contexts_P[:s].copy_(positions_T[:s])
-        self._starts_P1[:s].copy_(self._counting[:s])
-        self._rows_P[s : s + p].copy_(chunks_3P[0, :p])
-        self._starts_P1[s : s + p + 1].copy_(chunks_3P[1])
-        self._contexts_P[s : s + p].copy_(chunks_3P[2, :p])
-        self._starts_P1[s + p + 1 :].fill_(t)
-        n = t if logits_rows_N is None else len(logits_rows_N)
-        self._logits_rows_N[:n].copy_(self._counting[:n] if logits_rows_N is None else logits_rows_N)
-        self._logits_rows_N[n:].zero_()
+        self._staged.stage(bucket, rows_T, positions_T, num_decodes, chunks_3P, logits_rows_N)
         self._graphs[bucket].replay()
-        return self._logits_NV[:n]
+        return self._logits_NV[: len(rows_T) if logits_rows_N is None else len(logits_rows_N)]

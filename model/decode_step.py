@@ -5,7 +5,7 @@ between. Over several ranks sums and logits are exchanged through each other's m
 small, through NCCL when they are large or there is no such memory.
 
 Shape suffixes: S rows of the step, D residual width, N rows of a joined matrix, H query and K key/value heads of this
-rank, E head width, F feed-forward width of this rank, V vocabulary, R, L, B as in `engine/batch.py`.
+rank, E head width, F feed-forward width of this rank, V vocabulary, R, L, B as in `engine/rows.py`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import nn
 from tpserve.model.kernels import linear, norm, pointwise
 from tpserve.model.kernels.all_reduce import WordExchange
 from tpserve.model.kernels.paged_attention import choose_splits, decode_scratch, paged_decode_attention
+from tpserve.model.kernels.rope import rope_and_write
 from tpserve.model.kernels.tiles import Tile, choose_tiles
 from tpserve.model.kv_cache import PagedKVCache
 from tpserve.model.llama import Llama, TransformerBlock
@@ -174,7 +175,7 @@ class DecodeStep:
                 linear.gate_up(self._normed, parts, layer.w13_ND, self._act_SF, s, self.tiles[s].gate_up, pdl=self._pdl)
             else:
                 wide = self._multiply(layer.w13_ND, s)
-                pointwise.silu_mul(wide, self._normed, parts, self._act_SF[:s])
+                pointwise.silu_mul(wide, self._act_SF[:s], self._normed, parts, pdl=self._pdl)
             tile = self.tiles[s].down if few else None
             parts = self._add(self._act_SF, layer.w2_DF, gains[i + 1], s, 2 * i + 1, tile)
         self._logits(parts, s)
@@ -193,9 +194,10 @@ class DecodeStep:
             )  # fmt: skip
         else:
             wide = self._multiply(layer.wqkv_ND, s)
-            pointwise.rope_and_write(
-                wide, self._normed, parts, self._q_SHE, k, v, self._rope_PC2, self.positions_S, self._slots_S
-            )
+            rope_and_write(
+                wide, self._q_SHE[:s], k, v, self._rope_PC2, self.positions_S, self._slots_S, self._normed, parts,
+                pdl=self._pdl,
+            )  # fmt: skip
 
     def _add(
         self, x: torch.Tensor, w: torch.Tensor, gain_D: torch.Tensor, s: int, index: int, tile: Tile | None
@@ -213,7 +215,7 @@ class DecodeStep:
             return words.add(self._normed, gain_D, s, index, 1, pdl=False)
         if self._tp.size > 1:
             dist.all_reduce(partial, group=self._tp.group)
-        return norm.add(partial, self._normed, gain_D)
+        return norm.add(partial, self._normed, gain_D, pdl=self._pdl)
 
     def _logits(self, parts: int, s: int) -> None:
         few, index = s <= linear.MAX_ROWS, self._per_step - 1
@@ -225,7 +227,7 @@ class DecodeStep:
                 self._normed, parts, self._head_VD, out, s, self.tiles[s].head, words, first, index, pdl=self._pdl
             )
         else:
-            pointwise.scale(self._multiply(self._head_VD, s), self._normed, parts, out[:s])
+            pointwise.scale(self._multiply(self._head_VD, s), self._normed, parts, out[:s], pdl=self._pdl)
         if words is not None:
             words.gather(self.logits_SV[:s], index, pdl=self._pdl)
             return

@@ -14,9 +14,10 @@ import dataclasses
 import torch
 
 from tpserve.model.decode_step import FusedLayer
-from tpserve.model.kernels import rows
+from tpserve.model.kernels import pointwise, rows
 from tpserve.model.kernels.paged_attention import DecodeScratch, choose_splits, decode_scratch, paged_decode_attention
-from tpserve.model.kernels.prefill_attention import paged_prefill_attention, rope_and_write
+from tpserve.model.kernels.prefill_attention import paged_prefill_attention, prefill_tiles
+from tpserve.model.kernels.rope import rope_and_write
 from tpserve.model.kv_cache import PagedKVCache
 from tpserve.model.llama import Llama
 from tpserve.model.parallel import TensorParallel
@@ -30,13 +31,11 @@ class Chunks:
         rows_P: their table rows.
         starts_P1: where each one's tokens begin in T, and where the last one's end.
         contexts_P: tokens of each sequence before its chunk.
-        longest: tokens of the longest chunk.
     """
 
     rows_P: torch.Tensor
     starts_P1: torch.Tensor
     contexts_P: torch.Tensor
-    longest: int
 
 
 class FusedForward:
@@ -83,46 +82,47 @@ class FusedForward:
             float32 logits [N, V], the same on every rank.
         """
         model, eps, size = self._model, self._model.args.norm_eps, self._cache.block_size
-        h, e, k = self._heads, self._head_dim, self._kv_heads
+        h, e = self._heads, self._head_dim
         decodes = slice(0, num_decodes)
         lens_S = positions_T[decodes] + 1
+        slots_T = self._tables_RB[rows_T, positions_T // size] * size + positions_T % size
+        slots_T = torch.where(positions_T < 0, -1, slots_T)
         scratch, splits = self._scratch(num_decodes)
         residual_TD = model.tok_embeddings(tokens_T).float()
+        tiles = None if chunks is None else prefill_tiles(
+            chunks.rows_P, chunks.starts_P1, chunks.contexts_P, len(tokens_T), h, self._kv_heads, e,
+            model.output.weight.dtype,
+        )  # fmt: skip
         y_TD: torch.Tensor | None = None
-        for layer, k_cache, v_cache in zip(self._layers, self._cache.k, self._cache.v, strict=True):
-            qkv = rows.add_norm(y_TD, residual_TD, layer.attention_norm_D, eps) @ layer.wqkv_ND.t()
-            heads = qkv.view(-1, h + 2 * k, e)
-            q_THE, k_TKE, v_TKE = heads[:, :h], heads[:, h : h + k], heads[:, h + k :]
-            rope_and_write(
-                q_THE, k_TKE, v_TKE, positions_T, rows_T, self._tables_RB, model.rope_PC2, k_cache, v_cache,
-                block_size=size,
-            )  # fmt: skip
-            out_THE = torch.empty(len(qkv), h, e, dtype=qkv.dtype, device=qkv.device)
+        for i, (layer, k_cache, v_cache) in enumerate(zip(self._layers, self._cache.k, self._cache.v, strict=True)):
+            qkv_TN = rows.add_norm(y_TD, residual_TD, layer.attention_norm_D, eps) @ layer.wqkv_ND.t()
+            q_THE, out_THE = (qkv_TN.new_empty(len(qkv_TN), h, e) for _ in range(2))
+            rope_and_write(qkv_TN, q_THE, k_cache, v_cache, model.rope_PC2, positions_T, slots_T)
             if scratch is not None:
                 paged_decode_attention(
                     q_THE[decodes], k_cache, v_cache, self._tables_RB, rows_T[decodes], lens_S, out_THE[decodes],
                     scratch, block_size=size, num_splits=splits,
                 )  # fmt: skip
-            if chunks is not None:
-                paged_prefill_attention(
-                    q_THE, k_cache, v_cache, self._tables_RB, chunks.rows_P, chunks.starts_P1, chunks.contexts_P,
-                    chunks.longest, out_THE, block_size=size,
-                )  # fmt: skip
+            if tiles is not None:
+                paged_prefill_attention(q_THE, k_cache, v_cache, self._tables_RB, tiles, out_THE, block_size=size)
+            if rows_N is not None and i == len(self._layers) - 1:  # of the others, only keys and values were wanted
+                out_THE, residual_TD = out_THE[rows_N], residual_TD[rows_N]
             y_TD = self._sum(out_THE.flatten(1) @ layer.wo_DN.t())
-            wide = rows.add_norm(y_TD, residual_TD, layer.ffn_norm_D, eps) @ layer.w13_ND.t()
-            y_TD = self._sum(rows.silu_mul(wide) @ layer.w2_DF.t())
+            wide_TN = rows.add_norm(y_TD, residual_TD, layer.ffn_norm_D, eps) @ layer.w13_ND.t()
+            act_TF = wide_TN.new_empty(len(wide_TN), wide_TN.shape[1] // 2)
+            pointwise.silu_mul(wide_TN, act_TF)
+            y_TD = self._sum(act_TF @ layer.w2_DF.t())
         assert y_TD is not None
-        if rows_N is not None:
-            residual_TD, y_TD = residual_TD[rows_N], y_TD[rows_N]
         x_ND = rows.add_norm(y_TD, residual_TD, model.norm.weight, eps)
         return model.gather(x_ND @ model.output.weight.t()).float()
 
     @torch.no_grad()
-    def compile(self, num_decodes: int) -> None:
-        """Runs a step of so many decoding sequences and an empty chunk; it writes no keys and reads none."""
+    def compile(self, num_decodes: int, num_chunks: int = 1) -> None:
+        """Runs a step of so many decoding sequences and empty chunks; it writes no keys and reads none."""
         device = self._tables_RB.device
         none = torch.zeros(num_decodes or 64, dtype=torch.int64, device=device)
-        chunks = Chunks(none[:1], none.new_full((2,), num_decodes), none[:1], 1)
+        empty_P = none.new_zeros(num_chunks)
+        chunks = Chunks(empty_P, none.new_full((num_chunks + 1,), num_decodes), empty_P)
         self(none, none, torch.full_like(none, -1), num_decodes, chunks, None)
 
     def _sum(self, y_TD: torch.Tensor) -> torch.Tensor:

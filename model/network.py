@@ -159,9 +159,7 @@ class FusedNetwork:
         else:
             layers = [fuse(block) for block in model.layers]  # type: ignore[arg-type]
         self._forward = FusedForward(model, layers, cache, tp, tables_RB)
-        # Over several ranks these would capture NCCL's collectives; mixed steps launch their kernels there.
-        small = graphs and tp.size == 1
-        self._chunk_graphs = ChunkGraphs(self._forward, tokens_RL, model.args.vocab_size) if small else None
+        self._chunk_graphs = ChunkGraphs(self._forward, tokens_RL, model.args.vocab_size) if graphs else None
         self._chunk_buckets = BUCKETS
 
     def __call__(self, inputs: StepInputs) -> torch.Tensor:
@@ -177,8 +175,7 @@ class FusedNetwork:
             if graphs is not None and graphs.fits(len(rows_T), parts, num_logits):
                 return graphs(rows_T, positions_T, len(inputs.decode_lens), inputs.chunks_3P, inputs.logits_rows_N)
             rows, starts, contexts = inputs.chunks_3P
-            longest = max(p.num_query_tokens for p in inputs.prefills)
-            chunks = self._chunks(rows[:-1], starts, contexts[:-1], longest)
+            chunks = self._chunks(rows[:-1], starts, contexts[:-1])
         return self._forward(
             self._tokens_RL[rows_T, positions_T], rows_T, positions_T, len(inputs.decode_lens), chunks,
             inputs.logits_rows_N,
@@ -189,6 +186,7 @@ class FusedNetwork:
         for num_decodes in (0, 1, 2, 17, 33, 65, 129):  # attention is compiled for 1, up to 16, 32 … sequences
             if num_decodes <= len(self._tokens_RL):
                 self._forward.compile(num_decodes)
+        self._forward.compile(0, num_chunks=17)  # and attention over prompts for up to 16, and up to 256
         if self._decoder is not None:
             for bucket in reversed(self._decoder.buckets):
                 self._decoder.capture(bucket)

@@ -4,7 +4,7 @@ rms(h) is one factor a sequence, so it may be divided out after the next product
 writes the residual stream h (float32) also writes x = h·g in the weights' type and, by parts, the sums of squares of h;
 the product that reads x ends with `inverse_rms`.
 
-Shape suffixes: S rows, D residual width, P parts of a sum; R, L, B as in `engine/batch.py`.
+Shape suffixes: S rows, D residual width, P parts of a sum; R, L, B as in `engine/rows.py`.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
@@ -15,6 +15,7 @@ import dataclasses
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -80,10 +81,14 @@ def _embed_kernel(
 
 
 @triton.jit
-def _add_norm_kernel(y_ptr, gain_ptr, residual_ptr, x_ptr, sums_ptr, D: tl.constexpr, C: tl.constexpr):
+def _add_norm_kernel(
+    y_ptr, gain_ptr, residual_ptr, x_ptr, sums_ptr, D: tl.constexpr, C: tl.constexpr, PDL: tl.constexpr
+):
     part, s = tl.program_id(0), tl.program_id(1)
     cols = part * C + tl.arange(0, C)
     gain = tl.load(gain_ptr + cols).to(tl.float32)
+    if PDL:
+        gdc_wait()
     where = s * D + cols
     residual = tl.load(residual_ptr + where) + tl.load(y_ptr + where).to(tl.float32)
     store_normed(residual, where, gain, residual_ptr, x_ptr, sums_ptr + s * (D // C) + part)
@@ -125,9 +130,11 @@ def embed(
     return dim // width
 
 
-def add(y_SD: torch.Tensor, into: Normed, gain_D: torch.Tensor) -> int:
+def add(y_SD: torch.Tensor, into: Normed, gain_D: torch.Tensor, *, pdl: bool = False) -> int:
     """residual += y; returns the parts of the new sums of squares."""
     s, dim = y_SD.shape
     width = _width(dim)
-    _add_norm_kernel[(dim // width, s)](y_SD, gain_D, into.residual_SD, into.x_SD, into.sums, D=dim, C=width)
+    _add_norm_kernel[(dim // width, s)](
+        y_SD, gain_D, into.residual_SD, into.x_SD, into.sums, D=dim, C=width, PDL=pdl, launch_pdl=pdl
+    )
     return dim // width

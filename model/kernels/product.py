@@ -1,6 +1,6 @@
 """The inner part of the products of a decode step: one program owns BN rows of a weight and streams them.
 
-With one sequence it multiplies and adds in float32 and reduces once at the end; with up to 32 the weight is the left
+With one sequence it multiplies and adds in float32 and reduces once at the end; with up to 8 the weight is the left
 operand of the tensor cores.
 
 Programmatic dependent launch overlaps a kernel's start with its predecessor's end. The rule that keeps it right: before

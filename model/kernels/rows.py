@@ -1,6 +1,6 @@
-"""What stands between cuBLAS's products when a step has many tokens: a row of the residual stream a program.
+"""The residual add and the norm of steps of many tokens: a row of the residual stream a program.
 
-Shape suffixes: T tokens of the step, D residual width, F feed-forward width.
+Shape suffixes: T tokens of the step, D residual width.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
@@ -26,16 +26,6 @@ def _add_norm_kernel(
     tl.store(x_ptr + row * D + d, (residual * scale * gain).to(x_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def _silu_mul_kernel(wide_ptr, out_ptr, F: tl.constexpr, C: tl.constexpr):
-    row, cols = tl.program_id(1).to(tl.int64), tl.program_id(0) * C + tl.arange(0, C)
-    mask = cols < F
-    gate = tl.load(wide_ptr + row * 2 * F + cols, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(wide_ptr + row * 2 * F + F + cols, mask=mask, other=0.0).to(tl.float32)
-    act = gate / (1.0 + tl.exp(-gate)) * up
-    tl.store(out_ptr + row * F + cols, act.to(out_ptr.dtype.element_ty), mask=mask)
-
-
 def add_norm(y_TD: torch.Tensor | None, residual_TD: torch.Tensor, gain_D: torch.Tensor, eps: float) -> torch.Tensor:
     """residual += y, in place; returns RMSNorm(residual) in the gain's type.
 
@@ -52,11 +42,3 @@ def add_norm(y_TD: torch.Tensor | None, residual_TD: torch.Tensor, gain_D: torch
         D=d, DP=triton.next_power_of_2(d), EPS=eps, ADD=y_TD is not None, num_warps=8,
     )  # fmt: skip
     return x_TD
-
-
-def silu_mul(wide_TN: torch.Tensor) -> torch.Tensor:
-    """SiLU(gate) · up of a joined product [T, 2F]: gate, then up."""
-    t, f = wide_TN.shape[0], wide_TN.shape[1] // 2
-    out_TF = torch.empty(t, f, dtype=wide_TN.dtype, device=wide_TN.device)
-    _silu_mul_kernel[(triton.cdiv(f, 2048), t)](wide_TN, out_TF, F=f, C=2048, num_warps=8)
-    return out_TF

@@ -67,11 +67,8 @@ def choose_tiles(s: int, dim: int, head_dim: int, layer_bytes: int) -> Tiles:
     mib = layer_bytes / 2**20
     if s == 1:
         tiles = _one(dim, mib)
-    elif s <= 8:
-        tiles = _few(dim, mib)
     else:
-        wide, narrow = Tile(64, 128, 4, 4), Tile(32, 128, 4, 4)
-        tiles = Tiles(qkv=wide, wo=narrow, gate_up=wide, down=narrow, head=wide)
+        tiles = _few(dim, mib)
     return tiles.fit(dim, head_dim)
 
 

@@ -93,31 +93,44 @@ def test_chunks_of_prompts(dtype: torch.dtype, heads: int, kv_heads: int, width:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), SHAPES)
 @pytest.mark.parametrize("tokens", [1, 77])
-def test_rope_and_write(dtype: torch.dtype, heads: int, kv_heads: int, width: int, tokens: int) -> None:
-    from tpserve.model.kernels.prefill_attention import rope_and_write
+@pytest.mark.parametrize("normed", [False, True])
+def test_rope_and_write(dtype: torch.dtype, heads: int, kv_heads: int, width: int, tokens: int, normed: bool) -> None:
+    from tpserve.model.kernels.norm import Normed
+    from tpserve.model.kernels.rope import rope_and_write
 
-    qkv = torch.randn(tokens, heads + 2 * kv_heads, width, device="cuda").to(dtype)
-    before = qkv.clone()
-    q, k, v = qkv.split([heads, kv_heads, kv_heads], 1)
+    dim, parts = 256, 4
+    qkv = torch.randn(tokens, (heads + 2 * kv_heads) * width, device="cuda").to(dtype)
+    sums = torch.rand(tokens, parts, device="cuda") * dim
+    norm = Normed(sums, torch.empty(tokens, dim, device="cuda"), sums, 1e-5) if normed else None
+    scale = (sums.sum(1) / dim + 1e-5).rsqrt()[:, None, None] if normed else 1.0
+    exact = qkv.float().view(tokens, -1, width) * scale
     positions = torch.randperm(200, device="cuda")[:tokens]
+    slots = torch.randperm(640, device="cuda")[:tokens]
     if tokens > 1:
-        positions[5] = -1
-    rows = torch.zeros_like(positions)
-    table = torch.randperm(40, device="cuda")[None, :13]
+        positions[5] = slots[5] = -1
     rope = torch.randn(200, width // 2, 2, device="cuda")
     k_cache, v_cache = (torch.randn(640, kv_heads, width, device="cuda").to(dtype) for _ in range(2))
-    live = positions >= 0
-    at = positions.clamp(min=0)
-    slots = (table[0, at // 16] * 16 + at % 16)[live]
-    expected_k, expected_v, expected_q = k_cache.clone(), v_cache.clone(), before[:, :heads].clone()
-    expected_k[slots] = apply_rope(before[:, heads : heads + kv_heads], rope[at])[live]
-    expected_v[slots] = before[live, heads + kv_heads :]
-    expected_q[live] = apply_rope(before[:, :heads], rope[at])[live]
-    rope_and_write(q, k, v, positions, rows, table, rope, k_cache, v_cache, block_size=16)
-    tolerance = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
-    torch.testing.assert_close(q, expected_q, rtol=tolerance, atol=tolerance)
+    live, at = positions >= 0, positions.clamp(min=0)
+    expected_q = apply_rope(exact[:, :heads], rope[at])
+    expected_q[~live] = 0
+    expected_k, expected_v = k_cache.clone(), v_cache.clone()
+    expected_k[slots[live]] = apply_rope(exact[:, heads : heads + kv_heads], rope[at])[live].to(dtype)
+    expected_v[slots[live]] = exact[live, heads + kv_heads :].to(dtype)
+    q = torch.full((tokens, heads, width), float("nan"), dtype=dtype, device="cuda")
+    rope_and_write(qkv, q, k_cache, v_cache, rope, positions, slots, norm, parts if normed else 0)
+    tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype]
+    torch.testing.assert_close(q, expected_q.to(dtype), rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(k_cache, expected_k, rtol=tolerance, atol=tolerance)
-    assert torch.equal(v_cache, expected_v)
+    torch.testing.assert_close(v_cache, expected_v, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("chunks", [1, 16, 17, 300])
+def test_chunks_of_many_sequences(chunks: int) -> None:
+    from tpserve.bench.attention import LIMITS, error, paged
+
+    lens = [1 + 7 * i % 90 for i in range(chunks)]
+    case = paged([3 * i % 50 for i in range(chunks)], lens, heads=8, kv_heads=2, width=64, dtype=torch.bfloat16)
+    assert error(case.prefill(), case.reference()) < LIMITS[torch.bfloat16]
 
 
 def test_supports_says_what_the_kernels_take() -> None:

@@ -116,3 +116,23 @@ def test_graphs_repeat_themselves_bit_by_bit() -> None:
     for parts in STEPS:
         assert torch.equal(a.step(parts), b.step(parts))
         assert torch.equal(a.step(parts), b.step(parts))
+
+
+def test_nothing_is_compiled_while_serving(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel compiled in the middle stops everybody for a second."""
+    import triton
+
+    driver = Driver(llama(1024, 8, 2), torch.bfloat16, True)
+    compiled: list[str] = []
+    monkeypatch.setattr(
+        triton.knobs.runtime, "jit_post_compile_hook", lambda *args, **named: compiled.append(named["repr"])
+    )
+    for tokens in (1, 2, 15, 16, 17, 63, 100):  # odd and even: the host's arrays lie differently
+        for others in (0, 1, 2, 15, 16, 20, 33):
+            parts = [(row, 50, 1) for row in range(others)]
+            driver.step([*parts, (37, 0, tokens + 1)])
+            driver.step([*parts, (37, 0, tokens + 1), (38, 3, tokens + 2)])
+            driver.step([*parts, (39, 0, 1)])
+    for prompts in (3, 16, 17, 30):
+        driver.step([(row, 0, 40) for row in range(prompts)])
+    assert not compiled

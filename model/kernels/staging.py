@@ -1,0 +1,90 @@
+"""A step's description into the buffers that a graph reads, padding included, in one launch.
+
+Shape suffixes: T tokens, P parts (sequences), N rows whose logits are asked for.
+"""
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import triton
+import triton.language as tl
+
+
+@dataclasses.dataclass(frozen=True)
+class Staged:
+    """What the graph reads; int64.
+
+    Attributes:
+        rows_T, positions_T: of the tokens; a position of -1 is padding.
+        rows_P, starts_P1, contexts_P: of the parts: table row, first token, tokens before it; one more start: the end.
+        logits_rows_N: 0 where nothing is asked for; as many as parts.
+    """
+
+    rows_T: torch.Tensor
+    positions_T: torch.Tensor
+    rows_P: torch.Tensor
+    starts_P1: torch.Tensor
+    contexts_P: torch.Tensor
+    logits_rows_N: torch.Tensor
+
+    @classmethod
+    def empty(cls, tokens: int, parts: int, device: torch.device) -> Staged:
+        """Nothing but padding."""
+
+        def zeros(n: int) -> torch.Tensor:
+            return torch.zeros(n, dtype=torch.int64, device=device)
+
+        return cls(
+            zeros(tokens), zeros(tokens).fill_(-1), zeros(parts), zeros(parts + 1), zeros(parts), zeros(parts)
+        )  # fmt: skip
+
+    def stage(
+        self,
+        bucket: int,
+        rows_T: torch.Tensor,
+        positions_T: torch.Tensor,
+        num_decodes: int,
+        chunks_3P: torch.Tensor,
+        logits_rows_N: torch.Tensor | None,
+    ) -> None:
+        """Fills the buffers for a step of up to `bucket` tokens; arguments as `StepInputs` has them, contiguous."""
+        t, p = len(rows_T), chunks_3P.shape[1] - 1
+        n, parts = t if logits_rows_N is None else len(logits_rows_N), len(self.rows_P)
+        _stage_kernel[(triton.cdiv(bucket, 256),)](
+            rows_T, positions_T, chunks_3P, rows_T if logits_rows_N is None else logits_rows_N,
+            self.rows_T, self.positions_T, self.rows_P, self.starts_P1, self.contexts_P, self.logits_rows_N,
+            t, num_decodes, p, n, int(logits_rows_N is None), bucket,
+            PARTS=parts, PP=triton.next_power_of_2(parts + 1), C=256,
+        )  # fmt: skip
+
+
+# Alignment and values change from step to step: they must not make another variant.
+_VARYING = ["rows_ptr", "positions_ptr", "chunks_ptr", "logits_ptr", "t", "s", "p", "n", "all_rows", "bucket"]
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def _stage_kernel(
+    rows_ptr, positions_ptr, chunks_ptr, logits_ptr,
+    rows_out, positions_out, rows_p_out, starts_out, contexts_out, logits_out,
+    t, s, p, n, all_rows, bucket, PARTS: tl.constexpr, PP: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0) * C + tl.arange(0, C)
+    there, room = at < t, at < bucket
+    tl.store(rows_out + at, tl.load(rows_ptr + at, mask=there, other=0), mask=room)
+    tl.store(positions_out + at, tl.load(positions_ptr + at, mask=there, other=-1), mask=room)
+    if tl.program_id(0) == 0:
+        # A sequence that decodes is a chunk of one token.
+        i = tl.arange(0, PP)
+        one, chunk, inside = i < s, (i >= s) & (i < s + p), i < PARTS
+        row = tl.load(rows_ptr + i, mask=one, other=0) + tl.load(chunks_ptr + i - s, mask=chunk, other=0)
+        start = tl.load(chunks_ptr + (p + 1) + i - s, mask=chunk, other=0)
+        context = tl.load(positions_ptr + i, mask=one, other=0)
+        context += tl.load(chunks_ptr + 2 * (p + 1) + i - s, mask=chunk, other=0)
+        tl.store(rows_p_out + i, row, mask=inside)
+        tl.store(starts_out + i, tl.where(one, i, tl.where(chunk, start, t)), mask=i <= PARTS)
+        tl.store(contexts_out + i, context, mask=inside)
+        asked = tl.load(logits_ptr + i, mask=i < n, other=0)
+        tl.store(logits_out + i, tl.where((all_rows != 0) & (i < n), i, asked), mask=inside)
