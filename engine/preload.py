@@ -1,4 +1,4 @@
-"""What a rank imports before it is told to go on: most of a launch, and nothing of the device."""
+"""What a rank of a standby group imports beside what it needs to start: nothing of the device."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ _WITH_TRITON = ("chunk_graphs", "decode_step", "fused_forward")
 
 def preload(config: EngineConfig) -> None:
     """Imports the modules that the engine would import later on. No CUDA context is made: that would take memory."""
-    importlib.import_module("torch._dynamo")  # the first DTensor would
+    if config.tensor_parallel_size > 1:
+        importlib.import_module("torch._dynamo")  # the first DTensor would
     if config.device != "cpu" and Path("/dev/nvidiactl").exists():
         if importlib.util.find_spec("triton") is not None:
             for name in _WITH_TRITON:

@@ -36,11 +36,11 @@ class Restarts:
                 times_s.popleft()
 
     def forgive(self, now_s: float, deaths: int) -> None:
-        """The last deaths were one request's doing, and it is not replayed: they say nothing about the group.
+        """The last deaths (0: none) were one request's doing, and it is not replayed: the group is not at fault.
 
         At most `max_restarts` requests a window are believed to be at fault; with more, the group is.
         """
-        if len(self._forgiven_s) >= self._max_restarts:
+        if not deaths or len(self._forgiven_s) >= self._max_restarts:
             return
         self._forgiven_s.append(now_s)
         for _ in range(min(deaths, len(self._deaths_s))):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import select
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -166,14 +168,17 @@ class RankGroup:
             os.close(fd)
 
 
-def wait_for_go(folder: Path) -> bool:
+def wait_for_go(folder: Path, meanwhile: Callable[[], None]) -> bool:
     """Waits, in a rank, until its group is to go on; False: whoever launched it has gone.
 
     Args:
         folder: the group's.
+        meanwhile: called first, if there is time.
     """
     fd = os.open(folder / GO_FILE, os.O_RDONLY)
     try:
+        if not select.select([fd], [], [], 0)[0]:
+            meanwhile()
         return os.read(fd, 1) != b""
     finally:
         os.close(fd)

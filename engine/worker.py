@@ -73,8 +73,7 @@ def main(folder: Path, build: Callable[[EngineConfig, torch.device, TensorParall
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s rank {rank} %(levelname)s %(message)s")
     die_with_parent(int(os.environ[LAUNCHER_PID]))
     config = msgspec.json.decode((folder / "config.json").read_bytes(), type=EngineConfig)
-    preload(config)
-    if not wait_for_go(folder):
+    if not wait_for_go(folder, lambda: preload(config)):
         return 1
     socket = ClientSocket(folder) if rank == 0 else None
     try:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.helpers.fake_group import FakeGroup, Heard, out, until
 from tpserve.engine.client import EngineClient
 from tpserve.engine.config import EngineConfig
 from tpserve.engine.errors import EngineError, OverloadedError, RequestError
@@ -20,12 +20,9 @@ from tpserve.engine.protocol import (
     Add,
     Cancel,
     Choice,
-    Event,
     Heartbeat,
     Outputs,
     RankTrace,
-    Ready,
-    Reply,
     RequestOutput,
     Trace,
 )
@@ -33,72 +30,6 @@ from tpserve.engine.sampling_params import SamplingParams
 from tpserve.engine.suspects import Suspects
 from tpserve.model.args import ModelArgs
 from tpserve.model.checkpoint import CheckpointInfo
-
-READY = Ready(2, 8, 16, 64, "cpu")
-
-
-class FakeGroup:
-    """Remembers what it was sent; `say` is rank 0's word."""
-
-    all: list[FakeGroup]
-
-    def __init__(self, config: EngineConfig) -> None:
-        self.config = config
-        self.events: list[Event] = []
-        self.pids, self.rank_pids = [1, 2], [2]
-        self.exit_status: int | None = None
-        self._replies: queue.Queue[Reply] = queue.Queue()
-        FakeGroup.all.append(self)
-
-    def go(self) -> None:
-        self.say(READY)
-
-    @property
-    def death(self) -> str | None:
-        return None if self.exit_status is None else f"status {self.exit_status}"
-
-    def say(self, *replies: Reply) -> None:
-        for reply in replies:
-            self._replies.put(reply)
-
-    def send(self, event: Event) -> None:
-        self.events.append(event)
-
-    def receive(self, timeout_s: float) -> list[Reply]:
-        try:
-            return [self._replies.get(timeout=timeout_s)]
-        except queue.Empty:
-            return []
-
-    def stop(self) -> None: ...
-
-    def kill(self) -> None: ...
-
-
-class Heard:
-    """One request's outputs."""
-
-    def __init__(self, client: EngineClient, request_id: str, urgency: dict[str, Any] | None = None, **params: Any):
-        self.outputs: list[RequestOutput] = []
-        self.changed = threading.Condition()
-        client.submit(request_id, [1, 2], SamplingParams(**params), self._take, **(urgency or {}))
-
-    def _take(self, output: RequestOutput) -> None:
-        with self.changed:
-            self.outputs.append(output)
-            self.changed.notify_all()
-
-    def wait(self, n: int) -> list[RequestOutput]:
-        with self.changed:
-            assert self.changed.wait_for(lambda: len(self.outputs) >= n, 5), self.outputs
-            return self.outputs
-
-
-def until(condition: Callable[[], Any]) -> None:
-    deadline_s = time.monotonic() + 5
-    while not condition():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.005)
 
 
 @pytest.fixture
@@ -114,10 +45,6 @@ def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[EngineCl
     client.start()
     yield client
     client.close()
-
-
-def out(request_id: str, ids: list[int], finish: str | None = None, index: int = 0) -> RequestOutput:
-    return RequestOutput(request_id, ids, finish_reason=finish, index=index)
 
 
 def test_a_request_ends_with_its_last_answer(client: EngineClient) -> None:

@@ -7,40 +7,123 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
+from tests.helpers.faulty_worker import DEVICES, POISON
+from tests.helpers.groups import with_
 from tests.helpers.requests import Collected
 from tpserve.engine.client import EngineClient
 from tpserve.engine.config import EngineConfig
 from tpserve.engine.errors import EngineError
 from tpserve.engine.process import descendants, is_running
 from tpserve.engine.sampling_params import SamplingParams
+from tpserve.engine.supervisor import RankGroup
 
 # Slow enough to be caught in the middle: about 200 steps.
 LONG = {"max_new_tokens": 200, "ignore_eos": True, "temperature": 0.9}
 
 
-@pytest.mark.parametrize(("sig", "victim"), [(signal.SIGKILL, 1), (signal.SIGSTOP, 0)], ids=["killed", "hung"])
-def test_streams_outlive_a_rank(tiny_config: EngineConfig, sig: signal.Signals, victim: int) -> None:
-    config = msgspec.structs.replace(tiny_config, step_timeout_s=3.0)
-    client = EngineClient(config)
+def until(condition: Callable[[], Any], timeout_s: float = 60.0) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.02)
+
+
+def test_streams_outlive_a_rank(tiny_config: EngineConfig) -> None:
+    """And the group that stood by is the one that goes on."""
+    client = EngineClient(with_(tiny_config, standby=True))
     try:
         client.start()
         expected = [Collected(client, [3 + i], **LONG, seed=i).wait() for i in range(3)]
         streams = [Collected(client, [3 + i], **LONG, seed=i) for i in range(3)]
         streams[0].wait_tokens(20)
-        pids = client.pids
-        ranks = [pid for pid in pids if b"tpserve.engine.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-        ranks = [pid for pid in ranks if b"tpserve.engine.launch" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
-        assert len(ranks) == 2
-        os.kill(ranks[victim], sig)
+        until(lambda: len(client.standby_pids) == 3)
+        pids, standby = client.pids, client.standby_pids
+        assert len(client.rank_pids) == 2
+        os.kill(client.rank_pids[1], signal.SIGKILL)
         assert [stream.wait() for stream in streams] == expected
         assert client.num_restarts == 1
+        assert client.pids == standby
         assert not [pid for pid in pids if is_running(pid)], "the dead group left processes behind"
         assert [r.num_blocks_in_use for r in client.status().ranks] == [0, 0]
+        until(lambda: len(client.standby_pids) == 3)  # the next one
+        pids = client.pids + client.standby_pids
+    finally:
+        client.close()
+    assert not client.pids + client.standby_pids
+    assert not [pid for pid in pids if is_running(pid)]
+
+
+def test_ranks_that_hang(tiny_config: EngineConfig) -> None:
+    """Rank 0 in the middle of a stream; a follower while nobody asks for tokens. SIGKILL ends stopped processes, too."""
+    client = EngineClient(with_(tiny_config, step_timeout_s=3.0))
+    try:
+        client.start()
+        expected = Collected(client, [3], **LONG, seed=1).wait()
+        stream = Collected(client, [3], **LONG, seed=1)
+        stream.wait_tokens(20)
+        pids = client.pids
+        os.kill(client.rank_pids[0], signal.SIGSTOP)
+        until(client.unhealthy_reason)
+        assert stream.wait() == expected
+        assert client.num_restarts == 1
+        assert not [pid for pid in pids if is_running(pid)]
+
+        until(lambda: client.unhealthy_reason() is None)
+        pids = client.pids
+        os.kill(client.rank_pids[1], signal.SIGSTOP)
+        until(lambda: client.num_restarts == 2)
+        assert not [pid for pid in pids if is_running(pid)]
+        until(lambda: client.unhealthy_reason() is None)
+    finally:
+        client.close()
+
+
+def test_a_poisonous_request_ends_and_the_others_go_on(
+    tiny_config: EngineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RankGroup, "worker", "tests.helpers.faulty_worker")
+    client = EngineClient(with_(tiny_config, max_restarts=2))
+    try:
+        client.start()
+        expected = [Collected(client, [3 + i], **LONG, seed=i).wait() for i in range(2)]
+        streams = [Collected(client, [3 + i], **LONG, seed=i) for i in range(2)]
+        streams[1].wait_tokens(20)
+        poisonous = Collected(client, [7, POISON], max_new_tokens=5)
+        poisonous.wait(120)
+        assert poisonous.finish_reason == "error"
+        assert "in flight at 3 deaths of the rank group" in str(poisonous.error)
+        assert [stream.wait(120) for stream in streams] == expected
+        assert client.num_restarts == 3  # and none of them counts against the group
+        assert Collected(client, [3], **LONG, seed=0).wait() == expected[0]
+    finally:
+        client.close()
+
+
+def test_a_group_goes_on_with_fewer_ranks(
+    tiny_config: EngineConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices = tmp_path / "devices"
+    devices.write_text("2")
+    monkeypatch.setenv(DEVICES, str(devices))
+    monkeypatch.setattr(RankGroup, "worker", "tests.helpers.faulty_worker")
+    client = EngineClient(with_(tiny_config, elastic=True, fused_kernels=False))
+    try:
+        assert client.start().tensor_parallel_size == 2
+        stream = Collected(client, [3], **LONG, seed=1)
+        stream.wait_tokens(20)
+        devices.write_text("1")
+        os.kill(client.rank_pids[0], signal.SIGKILL)
+        assert len(stream.wait(120)) == LONG["max_new_tokens"]
+        assert stream.finish_reason == "length"
+        assert client.info.tensor_parallel_size == 1
+        assert "tpserve:tensor_parallel_size 1.0" in client.metrics.text().decode()
     finally:
         client.close()
 

@@ -1,0 +1,99 @@
+"""A rank group that does what a test tells it to, and what a client hears of it: no processes."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from tpserve.engine.client import EngineClient
+from tpserve.engine.config import EngineConfig
+from tpserve.engine.protocol import Event, Failed, Ready, Reply, RequestOutput
+from tpserve.engine.sampling_params import SamplingParams
+
+READY = Ready(2, 8, 16, 64, "cpu")
+
+
+class FakeGroup:
+    """Remembers what it was sent; `say` is rank 0's word."""
+
+    all: list[FakeGroup]
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        self.events: list[Event] = []
+        self.pids, self.rank_pids = [1, 2], [2]
+        self.exit_status: int | None = None
+        self.has_gone = self.killed = False
+        self._replies: queue.Queue[Reply] = queue.Queue()
+        FakeGroup.all.append(self)
+
+    num_devices = 8  # of the machine
+    silent = False  # it never becomes ready
+
+    def go(self) -> None:
+        self.has_gone = True
+        size = self.config.tensor_parallel_size
+        if FakeGroup.silent:
+            return
+        if size > FakeGroup.num_devices:
+            self.say(Failed("too few", FakeGroup.num_devices))
+        else:
+            self.say(msgspec.structs.replace(READY, tensor_parallel_size=size))
+
+    @property
+    def death(self) -> str | None:
+        return None if self.exit_status is None else f"status {self.exit_status}"
+
+    def say(self, *replies: Reply) -> None:
+        for reply in replies:
+            self._replies.put(reply)
+
+    def send(self, event: Event) -> None:
+        self.events.append(event)
+
+    def receive(self, timeout_s: float) -> list[Reply]:
+        try:
+            return [self._replies.get(timeout=timeout_s) if timeout_s else self._replies.get_nowait()]
+        except queue.Empty:
+            return []
+
+    def stop(self) -> None:
+        self.kill()
+
+    def kill(self) -> None:
+        self.killed = True
+
+
+class Heard:
+    """One request's outputs."""
+
+    def __init__(self, client: EngineClient, request_id: str, urgency: dict[str, Any] | None = None, **params: Any):
+        self.outputs: list[RequestOutput] = []
+        self.changed = threading.Condition()
+        client.submit(request_id, [1, 2], SamplingParams(**params), self._take, **(urgency or {}))
+
+    def _take(self, output: RequestOutput) -> None:
+        with self.changed:
+            self.outputs.append(output)
+            self.changed.notify_all()
+
+    def wait(self, n: int) -> list[RequestOutput]:
+        with self.changed:
+            assert self.changed.wait_for(lambda: len(self.outputs) >= n, 5), self.outputs
+            return self.outputs
+
+
+def until(condition: Callable[[], Any]) -> None:
+    deadline_s = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.005)
+
+
+def out(request_id: str, ids: list[int], finish: str | None = None, index: int = 0) -> RequestOutput:
+    return RequestOutput(request_id, ids, finish_reason=finish, index=index)
