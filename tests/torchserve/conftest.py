@@ -38,7 +38,13 @@ def tiny_checkpoint(folder: Path) -> Path:
 def server(folder: Path, tiny_checkpoint: Path) -> Iterator[Server]:
     """Ours: a `.mar`, continuous batching, TP 2."""
     content = yaml.safe_load(default_config(dim=32).read_text())
-    content["handler"] |= {"mode": "chat", "max_batch_size": 16, "max_num_waiting": 24, "max_new_tokens": 480}
+    content["handler"] |= {
+        "mode": "chat",
+        "max_batch_size": 16,
+        "max_num_waiting": 24,
+        "max_new_tokens": 480,
+        "standby": False,
+    }
     config = folder / "server.yaml"
     config.write_text(yaml.safe_dump(content))
     made = archive(tiny_checkpoint, config=config, export_path=folder / "store")

@@ -47,6 +47,7 @@ def old(folder: Path, tiny_checkpoint: Path) -> Iterator[Server]:
     streaming = {**OLD, "batchSize": 8, "continuousBatching": True}
     streaming["handler"] = {**OLD["handler"], "max_new_tokens": 400}
     for name, content in {"old": {**OLD, "batchSize": 4}, "old_streaming": streaming}.items():
+        content["handler"] = {**content["handler"], "standby": False}  # the ranks are counted below
         config = folder / f"{name}.yaml"
         config.write_text(yaml.safe_dump(content))
         archive(
