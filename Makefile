@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(shell cksum < pyproject.toml | cut -d' ' -f1)
 
-.PHONY: install demo test test-clients check lint bench clean
+.PHONY: install demo test test-clients check lint bench audit clean
 
 install: $(STAMP)
 
@@ -38,6 +38,10 @@ bench: install
 	$(BIN)/python -m tpserve.bench.chunked_prefill
 	$(BIN)/python -m tpserve.bench.prefix_cache
 	$(if $(TRACE),$(BIN)/python -m tpserve.bench.engine_trace --trace $(TRACE))
+
+# Needs a network; SERVICE=osv asks osv.dev instead of PyPI. What is ignored, and why: scripts/audit-ignored.txt.
+audit: install
+	$(BIN)/python scripts/audit.py $(BIN)/python $(SERVICE)
 
 clean:
 	rm -rf $(VENV) build

