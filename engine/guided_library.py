@@ -19,7 +19,6 @@ from tpserve.engine.text.tokenizer import PieceKind, Tokenizer
 MAX_CHARS = {"json": 65536, "regex": 8192, "choice": 65536}  # of a grammar
 MAX_DEPTH = 100  # of a schema
 MAX_MULTIPLE = 10_000  # least common multiple of a schema's multipleOf, in units of the last decimal: that many states
-_TOO_DEEP = f"nested deeper than {MAX_DEPTH} levels"
 # Between JSON tokens at most one space, or a line break and an indentation of at most 16: enough for how people and
 # models write JSON, and no answer runs on for ever in white space.
 _WHITESPACE = r"( |\n {0,16})"
@@ -122,7 +121,7 @@ def to_lark(guided: Guided) -> str:
     try:
         value = json.loads(text or '{"type": "object"}')
     except RecursionError:
-        raise ValueError(_TOO_DEEP) from None
+        raise ValueError(f"nested deeper than {MAX_DEPTH} levels") from None
     if guided.kind == "choice":
         if not (isinstance(value, list) and value and all(isinstance(choice, str) for choice in value)):
             raise ValueError("must be a JSON list of at least one string")
@@ -148,9 +147,10 @@ def _check_unicode(text: str) -> None:
 
 def _check_schema(schema: dict[str, Any]) -> None:
     multiples = []
-    for key, value, depth in _walk(schema):
-        if depth > MAX_DEPTH:
-            raise ValueError(_TOO_DEEP)
+    deepest = max(depth for _, _, depth in _walk(schema))
+    if deepest > MAX_DEPTH:
+        raise ValueError(f"nested {deepest} levels deep, {MAX_DEPTH} are admitted")
+    for key, value, _ in _walk(schema):
         if key == "multipleOf" and isinstance(value, int | float):
             if not 1e-9 <= value <= 1e9:
                 raise ValueError(f"multipleOf must be from 1e-9 to 1e9, got {value!r}")

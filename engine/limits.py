@@ -1,4 +1,7 @@
-"""What a model and its KV cache can hold of a request; each refusal gives the field and both numbers."""
+"""What a request may hold: whatever the model is, and of what a model and its KV cache have room for. Each refusal
+gives the field and both numbers. docs/protocols.md has the table for operators; `sampling_params` has the last word on
+what the engine takes.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,30 @@ from collections.abc import Iterable
 
 from tpserve.engine.errors import RequestError
 from tpserve.engine.sampling_params import SamplingParams
+
+MAX_JSON_DEPTH = 128  # of a body; a schema in it may be `guided_library.MAX_DEPTH` deep
+MAX_PROMPTS = 256  # of one request: encoding them takes time
+MAX_MESSAGES = 4096  # of a chat, and text parts of a message: a template takes time for each, whatever is in it
+MAX_TOOLS = 128
+MAX_STOP, MAX_STOP_CHARS = 16, 256
+MAX_STOP_TOKEN_IDS = 64  # and as many top_p_reset_ids
+MAX_LOGIT_BIAS = 1024
+MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS = 256, 32
+
+
+def at_most(name: str, count: int, limit: int, unit: str = "entries", field: str | None = None) -> None:
+    """Whether a list, or a text, is as long as it may be.
+
+    Args:
+        name: what is told of.
+        unit: of both numbers.
+        field: of the request, if `name` is only a part of it.
+
+    Raises:
+        RequestError: it is longer.
+    """
+    if count > limit:
+        raise RequestError(f"{name} has {count} {unit}, {limit} are admitted", field=field or name)
 
 
 def check_prompt(token_ids: list[int], max_seq_len: int, vocab_size: int, field: str = "prompt_token_ids") -> None:

@@ -6,12 +6,11 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from tpserve.engine import fields
+from tpserve.engine import fields, limits
 from tpserve.engine.errors import RequestError
 from tpserve.engine.sampling_params import Guided, SamplingParams
 from tpserve.engine.text.tokenizer import Tokenizer
 
-_MAX_BAD_WORDS, _MAX_BAD_WORD_TOKENS = 256, 32
 # SentencePiece puts a space before a text's first word. After a line break there is none, and no piece spans one.
 _ANCHOR = "\n"
 
@@ -125,8 +124,7 @@ def _refuse_text(params: SamplingParams, named: Mapping[str, tuple[str, Any]]) -
 def _bad_words(name: str, value: Any, vocabulary: Vocabulary) -> tuple[tuple[int, ...], ...]:
     if not isinstance(value, list):
         raise RequestError(f"{name} must be a list of strings or of token ids, got {fields.shown(value)}", field=name)
-    if len(value) > _MAX_BAD_WORDS:
-        raise RequestError(f"{name} has {len(value)} entries, {_MAX_BAD_WORDS} are admitted", field=name)
+    limits.at_most(name, len(value), limits.MAX_BAD_WORDS)
     sequences: dict[tuple[int, ...], None] = {}  # an ordered set
     for i, word in enumerate(value):
         where = f"{name}[{i}]"
@@ -134,7 +132,9 @@ def _bad_words(name: str, value: Any, vocabulary: Vocabulary) -> tuple[tuple[int
             if isinstance(word, str):
                 sequences |= dict.fromkeys(_spellings(where, fields.string(where, word), vocabulary.tokenizer))
             else:
-                sequences[tuple(fields.token_ids(where, word))] = None
+                ids = tuple(fields.token_ids(where, word))
+                limits.at_most(where, len(ids), limits.MAX_BAD_WORD_TOKENS, "tokens")
+                sequences[ids] = None
         except RequestError as e:
             raise RequestError(str(e), field=name) from None
     return tuple(sequences)
@@ -147,16 +147,42 @@ def _spellings(where: str, word: str, tokenizer: Tokenizer | None) -> list[tuple
         raise RequestError(f"{where} is empty")
     if tokenizer is None:
         raise RequestError(f"{where} is a string, and there is no tokenizer to encode it with: send token ids")
-    if len(word) > _MAX_BAD_WORD_TOKENS * tokenizer.max_piece_chars:  # encoding megabytes takes seconds
-        raise RequestError(f"{where} has more than {_MAX_BAD_WORD_TOKENS} tokens")
+    # Encoding megabytes takes seconds.
+    at_least = -(-len(word) // tokenizer.max_piece_chars)
+    limits.at_most(where, at_least, limits.MAX_BAD_WORD_TOKENS, "or more tokens")
     anchor = tokenizer.encode(_ANCHOR, bos=False, eos=False)
     found = []
     for text in (word, " " + word):
         ids = tokenizer.encode(_ANCHOR + text, bos=False, eos=False)
         if ids[: len(anchor)] == anchor and len(ids) > len(anchor):
+            limits.at_most(where, len(ids) - len(anchor), limits.MAX_BAD_WORD_TOKENS, "tokens")
             found.append(tuple(ids[len(anchor) :]))
     if not found:  # spaces only, in a tokenizer that drops those at the end
         raise RequestError(f"{where} has no tokens: {fields.shown(word)}")
+    return found
+
+
+def _stop(name: str, value: Any) -> tuple[str, ...]:
+    if isinstance(value, list):
+        limits.at_most(name, len(value), limits.MAX_STOP)
+    texts = fields.one_or_more_strings(name, value)
+    for i, text in enumerate(texts):
+        where = name if isinstance(value, str) else f"{name}[{i}]"
+        limits.at_most(where, len(text), limits.MAX_STOP_CHARS, "characters", name)
+    return texts
+
+
+def _ids(name: str, value: Any) -> tuple[int, ...]:
+    if isinstance(value, list):
+        limits.at_most(name, len(value), limits.MAX_STOP_TOKEN_IDS)
+    return fields.one_or_more_ids(name, value)
+
+
+def _biases(name: str, value: Any, vocabulary: Vocabulary) -> dict[int, float]:
+    if isinstance(value, Mapping):
+        limits.at_most(name, len(value), limits.MAX_LOGIT_BIAS)
+    found = fields.dense_biases(name, value, vocabulary.size)
+    limits.at_most(name, len(found), limits.MAX_LOGIT_BIAS)
     return found
 
 
@@ -186,10 +212,10 @@ _READERS: dict[str, _Reader] = {
                      "presence_penalty", "frequency_penalty", "len_penalty"), _plain(fields.number)),
     **dict.fromkeys(("ignore_eos", "echo", "cum_log_probs", "early_stopping"), _plain(fields.boolean)),
     **dict.fromkeys(("logprobs", "prompt_logprobs"), _plain(fields.count_or_flag)),
-    **dict.fromkeys(("top_p_reset_ids", "stop_token_ids"), _plain(fields.one_or_more_ids)),
-    "stop": _plain(fields.one_or_more_strings),
+    **dict.fromkeys(("top_p_reset_ids", "stop_token_ids"), _plain(_ids)),
+    "stop": _plain(_stop),
     "bad_words": _bad_words,
-    "logit_bias": lambda name, value, vocabulary: fields.dense_biases(name, value, vocabulary.size),
+    "logit_bias": _biases,
     **_GUIDED,
 }  # fmt: skip
 SAMPLING_FIELDS: tuple[str, ...] = tuple(_READERS)

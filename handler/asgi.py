@@ -111,15 +111,18 @@ class Front:
             await self._read_and_serve(wire, self.backend, inner)
 
     async def _read_and_serve(self, wire: Wire, backend: Backend, inner: str) -> None:
-        # A body counts from before it is read, by what it may become.
-        if self._num_buffered + self._limits.max_request_bytes > self._limits.max_buffered_bytes:
-            raise Refusal(503, "too many bytes of requests are waiting already", Retry_After="1")
-        self._num_buffered += self._limits.max_request_bytes
-        held = self._limits.max_request_bytes
+        held = 0
+
+        def arrived(num_bytes: int) -> None:
+            # What has come counts, not what was announced: slow senders hold little.
+            nonlocal held
+            if self._num_buffered + num_bytes > self._limits.max_buffered_bytes:
+                raise Refusal(503, "too many bytes of requests are waiting already", Retry_After="1")
+            held += num_bytes
+            self._num_buffered += num_bytes
+
         try:
-            body = await wire.read_body(self._limits)
-            self._num_buffered -= held - len(body)
-            held = len(body)
+            body = await wire.read_body(self._limits, arrived)
             if self.draining:
                 raise Refusal(503, "the server is shutting down", **_LATER)
             await self._serve(wire, backend, _request(wire, inner, body))

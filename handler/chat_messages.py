@@ -9,10 +9,10 @@ from typing import Any
 
 from tpserve.engine import fields
 from tpserve.engine.errors import RequestError
+from tpserve.engine.limits import MAX_MESSAGES, at_most
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 _KEYS = ("role", "content", "name", "tool_calls", "tool_call_id")
-_MAX_MESSAGES = 4096  # a template takes time for each, whatever is in it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +64,7 @@ def read_messages(messages: Any, field: str) -> list[Message]:
     """
     if not isinstance(messages, list) or not messages:
         raise RequestError(f"{field} must be a non-empty list of messages, got {fields.shown(messages)}", field=field)
-    if len(messages) > _MAX_MESSAGES:
-        raise RequestError(f"{field} has {len(messages)} messages, {_MAX_MESSAGES} are admitted", field=field)
+    at_most(field, len(messages), MAX_MESSAGES, "messages")
     try:
         return [_message(message, f"{field}[{i}]") for i, message in enumerate(messages)]
     except RequestError as e:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import enum
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from tpserve.engine import fields
 from tpserve.engine.errors import RequestError
+from tpserve.engine.limits import MAX_JSON_DEPTH, MAX_PROMPTS, at_most
 from tpserve.engine.requests import KNOWN_FIELDS as REQUEST_FIELDS
 from tpserve.engine.requests import Prompt, RequestReader, check_names, read_dialog, read_prompt, read_urgency
 from tpserve.engine.sampling_params import SamplingParams
@@ -17,6 +19,8 @@ from tpserve.handler.http import HttpRequest
 
 KNOWN_FIELDS = (*REQUEST_FIELDS, "stream", "mode")
 MODES = ("text_completion", "chat")
+# Brackets; strings are passed over, as no bracket in them is one.
+_BRACKETS = re.compile(r'[\[\]{}]|"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 
 
 class Form(enum.Enum):
@@ -120,6 +124,7 @@ def parse_json(text: str) -> Any:
     Raises:
         RequestError: it is not.
     """
+    _check_depth(text)
     try:
         return json.loads(text.removeprefix("\ufeff"), object_pairs_hook=_unique, parse_constant=_no_constant)
     except RequestError:
@@ -130,6 +135,22 @@ def parse_json(text: str) -> Any:
         raise RequestError(f"the body is not JSON: {e.msg} at line {e.lineno}, column {e.colno}") from None
     except ValueError:  # Python refuses to read integers of thousands of digits
         raise RequestError("the body holds a number of too many digits") from None
+
+
+def _check_depth(text: str) -> None:
+    """Before anything is built of it: parsers and schemas go down as far as a text does."""
+    if text.count("[") + text.count("{") <= MAX_JSON_DEPTH:
+        return
+    depth = deepest = 0
+    for found in _BRACKETS.finditer(text):
+        match found[0][0]:
+            case "[" | "{":
+                depth += 1
+                deepest = max(deepest, depth)
+            case "]" | "}":
+                depth -= 1
+    if deepest > MAX_JSON_DEPTH:
+        raise RequestError(f"the body is nested {deepest} levels deep, {MAX_JSON_DEPTH} are admitted")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -170,6 +191,7 @@ def _dialogs(body: list[Any], defaults: Defaults, reader: RequestReader) -> Pred
         raise RequestError("a list of dialogs as the body needs mode: chat in model-config.yaml", field="mode")
     if not body:
         raise RequestError("the body is an empty list; it must hold dialogs", field="dialog")
+    at_most("dialogs", len(body), MAX_PROMPTS, field="dialog")
     prompts = tuple(Prompt(f"dialogs[{i}]", read_dialog(dialog, f"dialogs[{i}]")) for i, dialog in enumerate(body))
     return Prediction(Form.DIALOGS, prompts, _params({}, defaults, reader))
 

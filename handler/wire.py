@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from starlette.types import Receive, Scope, Send
 
@@ -25,6 +25,7 @@ class Limits:
     Attributes:
         max_request_bytes: of a body.
         max_header_bytes, max_headers: of a request's headers, names and values.
+        max_url_bytes: of the path and the query.
         max_connections: requests at once.
         max_buffered_bytes: of all bodies that have not been answered yet.
         request_timeout_s: for a body, and for headers, to arrive.
@@ -33,6 +34,7 @@ class Limits:
     max_request_bytes: int = 2 << 20
     max_header_bytes: int = 16 << 10
     max_headers: int = 100
+    max_url_bytes: int = 4 << 10
     max_connections: int = 1024
     max_buffered_bytes: int = 256 << 20
     request_timeout_s: float = 30.0
@@ -67,20 +69,27 @@ class Wire:
         self.bytes_out = 0
         self._num_headers = len(scope["headers"])
         self._num_header_bytes = sum(len(name) + len(value) for name, value in scope["headers"])
+        self._num_url_bytes = len(scope.get("raw_path") or self.path) + len(scope.get("query_string", b""))
         self._receive, self._send = receive, send
         self._unread = "transfer-encoding" in self.headers or self.headers.get("content-length", "0") != "0"
 
     def check_headers(self, limits: Limits) -> None:
         """Raises:
-        Refusal: there are too many or they are too long.
+        Refusal: there are too many or they are too long, or the URL is.
         """
+        if self._num_url_bytes > limits.max_url_bytes:
+            raise Refusal(414, f"a URL may have {limits.max_url_bytes} bytes, this one has {self._num_url_bytes}")
         if self._num_headers > limits.max_headers:
             raise Refusal(431, f"a request may have {limits.max_headers} headers, this one has {self._num_headers}")
         if self._num_header_bytes > limits.max_header_bytes:
             raise Refusal(431, f"headers may have {limits.max_header_bytes} bytes, these have {self._num_header_bytes}")
 
-    async def read_body(self, limits: Limits) -> bytes:
+    async def read_body(self, limits: Limits, arrived: Callable[[int], None]) -> bytes:
         """The body, when it has arrived.
+
+        Args:
+            limits: of its bytes and its time.
+            arrived: told of its bytes as they come; may raise a `Refusal`.
 
         Raises:
             Refusal: it is too long, in a coding that nobody asked for, or too slow.
@@ -91,7 +100,7 @@ class Wire:
             raise Refusal(415, f"bodies are taken as they are, not in Content-Encoding {coding[:40]!r}")
         announced = self.headers.get("content-length", "")
         if announced.isdigit() and int(announced[:20]) > limits.max_request_bytes:
-            raise _too_large(limits)
+            raise _too_large(limits, int(announced[:20]))
         body = bytearray()
         try:
             async with asyncio.timeout(limits.request_timeout_s):
@@ -99,10 +108,11 @@ class Wire:
                     message = await self._receive()
                     if message["type"] == "http.disconnect":
                         raise ClientGone
-                    body += message.get("body", b"")
+                    body += (part := message.get("body", b""))
                     self._unread = message.get("more_body", False)
                     if len(body) > limits.max_request_bytes:
-                        raise _too_large(limits)
+                        raise _too_large(limits, len(body))
+                    arrived(len(part))
         except TimeoutError:
             raise Refusal(408, f"the body has not arrived within {limits.request_timeout_s:g} s") from None
         return bytes(body)
@@ -168,5 +178,6 @@ def _headers(scope: Scope) -> Mapping[str, str]:
     return found
 
 
-def _too_large(limits: Limits) -> Refusal:
-    return Refusal(413, f"a body may have {limits.max_request_bytes} bytes (max_request_bytes)")
+def _too_large(limits: Limits, at_least: int) -> Refusal:
+    said = f"a body may have {limits.max_request_bytes} bytes (max_request_bytes), this one has {at_least} or more"
+    return Refusal(413, said)

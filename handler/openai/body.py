@@ -15,7 +15,21 @@ from tpserve.handler.http import HttpRequest
 from tpserve.handler.openai.errors import ModelNotFoundError
 from tpserve.handler.predictions import decode, parse_json
 
-_DICT = re.compile(r"a valid dictionary( or instance of \w+)?")
+_TOO_LONG = {"too_long": "entries", "string_too_long": "characters"}
+_WORDS = [
+    (re.compile(pattern), ours)
+    for pattern, ours in (
+        ("a valid dictionary( or instance of \\w+)?", "a JSON object"),
+        ("^(Input|Value|List|String) should be ", ""),
+        ("^a valid boolean", "true or false"),
+        ("^a valid integer", "an integer"),
+        ("^a valid ", "a "),
+        ("less than or equal to", "at most"),
+        ("greater than or equal to", "at least"),
+        ("less than", "below"),
+        ("greater than", "above"),
+    )
+]
 
 M = TypeVar("M", bound=pydantic.BaseModel)
 
@@ -70,15 +84,34 @@ def _check_finite(given: Mapping[str, Any]) -> None:
 def _refusal(given: Mapping[str, Any], errors: Sequence[Any]) -> RequestError:
     """Of all that a union's branches say, what the one says that came the farthest."""
     depth, field, first = max(((*_place(given, error), error) for error in errors), key=lambda found: found[0])
-    if first["type"] == "missing":
+    if first["type"] in ("missing", "union_tag_not_found"):
         return RequestError(f"{field} is missing", field=field)
-    said = [
-        _DICT.sub("a JSON object", e["msg"])
-        for e in errors
-        if _place(given, e) == (depth, field) and e["type"] != "none_required"
-    ]
-    rules = " or ".join(dict.fromkeys(said)) or "must be null"
-    return RequestError(f"{field}: {rules}, got {shown(first['input'])}", field=field)
+    same = [e for e in errors if _place(given, e) == (depth, field) and e["type"] != "none_required"]
+    for error in same:
+        if error["type"] in _TOO_LONG:
+            limit, unit = error["ctx"]["max_length"], _TOO_LONG[error["type"]]
+            return RequestError(f"{field} has {len(error['input'])} {unit}, {limit} are admitted", field=field)
+    rules = " or ".join(dict.fromkeys(map(_rule, same))) or "null"
+    value = shown(first["ctx"]["tag"] if first["type"] == "union_tag_invalid" else first["input"])
+    return RequestError(f"{field}: must be {rules}, got {value}", field=field)
+
+
+def _rule(error: Any) -> str:
+    """What a value must be, in our words."""
+    ctx = error.get("ctx", {})
+    match error["type"]:
+        case "union_tag_invalid":
+            return f"one of {ctx['expected_tags']}"
+        case "literal_error":
+            return str(ctx["expected"])
+        case "too_short" | "string_too_short":
+            return "a non-empty one"
+        case "string_pattern_mismatch":
+            return f"like {ctx['pattern']}"
+    rule: str = error["msg"]
+    for theirs, ours in _WORDS:
+        rule = theirs.sub(ours, rule)
+    return rule
 
 
 def _place(given: Mapping[str, Any], error: Any) -> tuple[int, str]:

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from tpserve.engine.limits import MAX_MESSAGES, MAX_TOOLS
 from tpserve.handler.openai.sampling_schema import Request, Schema
 
 FunctionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
@@ -18,7 +19,7 @@ class TextPart(Schema):
     text: str
 
 
-Content = str | Annotated[list[TextPart], Field(max_length=4096)]
+Content = str | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES)]
 
 
 class SystemMessage(Schema):
@@ -58,7 +59,7 @@ class AssistantMessage(Schema):
     role: Literal["assistant"]
     content: Content | None = None
     name: str | None = None
-    tool_calls: Annotated[list[CalledTool], Field(max_length=128)] | None = None
+    tool_calls: Annotated[list[CalledTool], Field(max_length=MAX_TOOLS)] | None = None
 
 
 class ToolMessage(Schema):
@@ -121,14 +122,14 @@ class ResponseFormat(Schema):
 class ChatRequest(Request):
     """A chat completion. Without `max_completion_tokens` an answer may fill the context."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**63)] | None = None
     max_tokens: Annotated[int, Field(ge=1, lt=2**63)] | None = None
     """The older name of `max_completion_tokens`; not both."""
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     """Default "auto" if there are tools. "required" and a named tool force a call; with "auto" an answer that is
     exactly a call, or a list of them, becomes one."""

@@ -6,10 +6,10 @@ from typing import Annotated, Any
 
 from pydantic import Field, WithJsonSchema
 
+from tpserve.engine.limits import MAX_MESSAGES, MAX_PROMPTS
 from tpserve.handler.openai.chat_schema import Message
 from tpserve.handler.openai.sampling_schema import Request, Schema
 
-MAX_PROMPTS = 256  # encoding them is done while others wait
 _ID = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
 _IDS = {"type": "array", "items": _ID, "minItems": 1}
 # Read by hand: a union's every branch would look at each of a hundred thousand ids, and name them all.
@@ -49,7 +49,7 @@ class TokenizeRequest(Schema):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
     add_special_tokens: bool | None = None
     """Whether a prompt gets its beginning-of-sequence token (default true); messages have their template's."""
     return_token_strs: bool | None = None

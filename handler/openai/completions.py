@@ -8,12 +8,13 @@ import msgspec
 
 from tpserve.engine import fields
 from tpserve.engine.errors import RequestError
+from tpserve.engine.limits import MAX_PROMPTS, at_most
 from tpserve.engine.requests import Prompt, read_urgency
 from tpserve.handler.http import HttpRequest, Signal
 from tpserve.handler.open_request import Input
 from tpserve.handler.openai.body import read_body
 from tpserve.handler.openai.completion_answers import CompletionAnswers, CompletionForm
-from tpserve.handler.openai.completion_schema import MAX_PROMPTS, CompletionRequest
+from tpserve.handler.openai.completion_schema import CompletionRequest
 from tpserve.handler.openai.endpoint import answered, head_of
 from tpserve.handler.openai.params import check_stream, read_params
 
@@ -83,8 +84,7 @@ def read_prompts(value: Any) -> list[Prompt]:
         )
     if isinstance(value[0], int):
         return [Prompt("prompt", fields.token_ids("prompt", value))]
-    if len(value) > MAX_PROMPTS:
-        raise RequestError(f"prompt has {len(value)} entries, {MAX_PROMPTS} are admitted", field="prompt")
+    at_most("prompt", len(value), MAX_PROMPTS)
     return [_entry(f"prompt[{i}]", one) for i, one in enumerate(value)]
 
 

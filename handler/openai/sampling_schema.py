@@ -10,6 +10,8 @@ from typing import Annotated, Any
 import pydantic
 from pydantic import Field
 
+from tpserve.engine.limits import MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_STOP, MAX_STOP_CHARS, MAX_STOP_TOKEN_IDS
+
 
 class Schema(pydantic.BaseModel):
     """A JSON object. A null is as if the field were not there, and unknown fields are passed over."""
@@ -20,7 +22,7 @@ class Schema(pydantic.BaseModel):
 
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-StopString = Annotated[str, Field(min_length=1, max_length=256)]
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 
 
 class Sampling(Schema):
@@ -36,11 +38,11 @@ class Sampling(Schema):
     """So many are generated, and the `n` most probable a token are the answers, told at the end."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     """The same seed, request and model give the same answer; a negative one counts modulo 2**64."""
-    stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOP)] | None = None
     """Strings that end the text before them."""
     presence_penalty: Annotated[float, Field(ge=-100, le=100)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-100, le=100)] | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=1024)] | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=MAX_LOGIT_BIAS)] | None = None
     """Token id: what is added to its logit."""
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     """0 or -1: off."""
@@ -48,14 +50,14 @@ class Sampling(Schema):
     top_p_decay: Annotated[float, Field(gt=0, le=1)] | None = None
     """Factual-nucleus sampling: `top_p` is multiplied by it after each token."""
     top_p_min: Annotated[float, Field(ge=0, le=1)] | None = None
-    top_p_reset_ids: TokenId | Annotated[list[TokenId], Field(max_length=64)] | None = None
+    top_p_reset_ids: TokenId | Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS)] | None = None
     """After one of these tokens `top_p` is what it was at first."""
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
     min_tokens: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     """Nothing ends the answer before so many tokens."""
     ignore_eos: bool | None = None
-    stop_token_ids: TokenId | Annotated[list[TokenId], Field(max_length=64)] | None = None
-    bad_words: Annotated[list[str | list[TokenId]], Field(max_length=256)] | None = None
+    stop_token_ids: TokenId | Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS)] | None = None
+    bad_words: Annotated[list[str | list[TokenId]], Field(max_length=MAX_BAD_WORDS)] | None = None
     """Strings or lists of token ids that are never completed."""
     beam_width: Annotated[int, Field(ge=1, le=64)] | None = None
     """Above 1: beam search; the `n` best hypotheses are the answers, told at the end."""

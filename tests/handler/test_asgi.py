@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import logging
 import socket
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.handler.fakes import FakeEngine
 from tests.handler.frontend import HELLO, ids_of
 from tests.handler.web import PREDICT, Web, serving, wait_for
 from tpserve.handler.wakeups import Wakeup, Wakeups
@@ -293,9 +295,10 @@ def test_more_requests_than_may_be_open(narrow: Web) -> None:
 
 
 def test_more_bytes_of_bodies_than_are_held() -> None:
-    with serving(max_request_bytes=200 << 20) as web:  # of 256 MiB
-        with web.raw(f"{POST}Content-Length: 100\n\n{{"):
-            wait_for(lambda: web.front.num_requests == 1)
+    with serving(engine=FakeEngine()) as web:
+        web.front._limits = dataclasses.replace(web.front._limits, max_buffered_bytes=1000)
+        with web.raw(f"{POST}Content-Length: 1001\n\n{' ' * 990}"):
+            wait_for(lambda: web.front._num_buffered == 990)
             refused = web.ask("POST", PREDICT, HELLO)
             assert (refused.status, refused.headers["retry-after"]) == (503, "1")
         wait_for(lambda: web.front.num_requests == 0)

@@ -119,7 +119,7 @@ def test_the_operators_defaults() -> None:
         ({"prompt": "x", "top_k": -1}, "top_k", "got -1"),
         ({"prompt": "x", "seed": 2**64}, "seed", "64 bits"),
         ({"prompt": "x", "stream": 1}, "stream", "true or false"),
-        ({"prompt": "x", "stop_token_ids": [1] * 65}, "stop_token_ids", "at most 64"),
+        ({"prompt": "x", "stop_token_ids": [1] * 65}, "stop_token_ids", "has 65 entries, 64 are admitted"),
     ],
 )  # fmt: skip
 def test_a_refused_object_names_the_field(body: Any, field: str, said: str) -> None:
@@ -139,7 +139,8 @@ def test_a_refused_object_names_the_field(body: Any, field: str, said: str) -> N
         (b'{"prompt": "x", "prompt": "y"}', "'prompt' is given twice"),
         (b'{"prompt": "\xff"}', "not UTF-8: .* byte 12"),
         (b"\xfe\xffraw", "not UTF-8"),
-        (b"[" * 100_000, "nested too deeply"),
+        (b"[" * 100_000, "nested 100000 levels deep, 128 are admitted"),
+        (b'{"prompt": "' + b"[" * 129 + b'", "seed": ' + b"[" * 128 + b"]" * 128 + b"}", "129 levels"),
         (b'{"seed": ' + b"1" * 5000 + b"}", "too many digits"),
         (b"", "body is empty"),
         (b" \n", "body is empty"),

@@ -104,6 +104,32 @@ def test_what_must_be_null_says_so() -> None:
     assert refusal(Client().ask(TEXT, ONCE | {"suffix": "x"}))["message"] == "suffix: must be null, got 'x'"
 
 
+@pytest.mark.parametrize(
+    ("path", "given", "said"),
+    [
+        (CHAT, {"messages": [{"role": "wizard", "content": "x"}]},
+         "messages[0].role: must be one of 'system', 'developer', 'user', 'assistant', 'tool', got 'wizard'"),
+        (CHAT, {"stop": ["a"] * 17}, "stop has 17 entries, 16 are admitted"),
+        (CHAT, {"stop": "a" * 257}, "stop has 257 characters, 256 are admitted"),
+        (CHAT, {"messages": HELLO["messages"] * 4097}, "messages has 4097 entries, 4096 are admitted"),
+        (CHAT, {"tools": [{"type": "function", "function": {"name": "a"}}] * 129},
+         "tools has 129 entries, 128 are admitted"),
+        (CHAT, {"response_format": {"type": "xml"}},
+         "response_format.type: must be 'text', 'json_object' or 'json_schema', got 'xml'"),
+        (TEXT, {"prompt": ["a"] * 257}, "prompt has 257 entries, 256 are admitted"),
+        (TEXT, {"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias has 1025 entries, 1024 are admitted"),
+        (TEXT, {"guided_regex": "a" * 8193}, "guided_regex cannot be used: at most 8192 characters, got 8193"),
+        (TEXT, {"n": 129}, "n: must be at most 128, got 129"),
+        (TEXT, {"n": "5"}, "n: must be an integer, got '5'"),
+        (TEXT, {"stop": 5}, "stop: must be a string or a list, got 5"),
+        (TEXT, {"echo": 1}, "echo: must be true or false, got 1"),
+        (TEXT, {"guided_choice": []}, "guided_choice: must be a non-empty one, got []"),
+    ],
+)  # fmt: skip
+def test_what_a_refusal_says(path: str, given: dict[str, Any], said: str) -> None:
+    assert refusal(Client().ask(path, PATHS[path] | given))["message"] == said
+
+
 def test_every_field_has_a_bad_value_above() -> None:
     asked = {name for _, body, _ in CASES for name in body}
     tested_elsewhere = {"tools", "tool_choice"}

@@ -225,7 +225,7 @@ def test_refusals(given: dict[str, Any], param: str) -> None:
 
 def test_a_schema_without_end_is_refused() -> None:
     deep: dict[str, Any] = {}
-    for _ in range(400):
+    for _ in range(110):
         deep = {"items": deep}
     tool = {"type": "function", "function": {"name": "f", "parameters": deep}}
     assert refusal(Client().ask(CHAT, HELLO | {"tools": [tool], "tool_choice": "required"}))["param"] == "tools"
