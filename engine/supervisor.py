@@ -96,7 +96,7 @@ class RankGroup:
         """What has ended, as words for a log; None while everything lives. Looked at by `receive`."""
         status = self.exit_status
         if self._ended is not None and self._ended != self._process.pid:
-            return f"a rank (pid {self._ended}) ended"
+            return f"the rank group ended: a rank (pid {self._ended}) died"
         return None if status is None else f"the rank group ended with status {status}"
 
     def go(self) -> None:

@@ -45,7 +45,8 @@ def served(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     """TP 2, with keys; in the end it is killed, and no rank may outlive it."""
     log = tmp_path_factory.mktemp("log") / "log"
     # A number with an exponent, and a list: what the command line's parser would make something else of.
-    options = "--standby False --tp 2 --api_key 1e5 --api-key=[x] --max_seq_len 1024 --request_timeout_s 5".split()
+    options = ["--tp", "2", "--api_key", "1e5", "--api-key=[x]", "--max_seq_len", "1024", "--request_timeout_s", "5"]
+    options += ["--standby", "False"]
     one = Served(checkpoint, log, *options, env={"TPSERVE_API_KEYS": "from-env"})
     try:
         assert one.wait_until_ready().startswith("serving tiny at http://127.0.0.1:")
