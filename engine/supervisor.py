@@ -196,8 +196,10 @@ def _command(config: EngineConfig, folder: Path) -> list[str]:
 
 def _environment(config: EngineConfig) -> dict[str, str]:
     env = environment_without_torchrun()
-    # All ranks are on this machine: gloo would otherwise look up the host's name and bind to that address.
+    # All ranks are on this machine: gloo would otherwise look up the host's name and bind to that address, and NCCL
+    # listen on the first interface that others can reach, for as long as the group lives.
     env.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    env.setdefault("NCCL_SOCKET_IFNAME", "lo")
     env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // config.tensor_parallel_size)))
     if config.tensor_parallel_size == 1:
         # About a millisecond: longer than from one loop of a step to the next, shorter than anybody notices.

@@ -19,9 +19,11 @@ import pytest
 from tests.handler.fakes import FakeEngine, tokenizer
 from tests.handler.web import Web, serving, wait_for
 from tests.test_architecture import MAY_IMPORT, ROOT
+from tpserve.engine.config import EngineConfig
 from tpserve.engine.errors import ConfigError, EngineError, RequestError
 from tpserve.engine.guided import Grammars
 from tpserve.engine.sampling_params import Guided
+from tpserve.engine.supervisor import _environment
 from tpserve.handler.api_keys import ApiKeys
 from tpserve.handler.front_config import FrontConfig
 from tpserve.handler.replies import public
@@ -48,6 +50,14 @@ def test_both_fronts_listen_on_loopback_unless_they_are_told() -> None:
     assert properties["allowed_urls"].startswith("file://")
     assert "plugins_path" not in properties
     assert FrontConfig.from_options("nowhere", None, {}).host == "127.0.0.1"
+
+
+def test_ranks_talk_on_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`test_running.py` looks at the sockets of a gloo group; NCCL's were looked at on two H200s."""
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.delenv(name, raising=False)
+    environment = _environment(EngineConfig(checkpoint_dir="nowhere"))
+    assert (environment["GLOO_SOCKET_IFNAME"], environment["NCCL_SOCKET_IFNAME"]) == ("lo", "lo")
 
 
 # Of calls in the rooms: what would execute what it reads, or pickle what it sends.
