@@ -91,6 +91,10 @@ class Delivery:
         for request, message in unfit:
             self._tell([request], "error", message)
 
+    def stopped(self) -> None:
+        """A group is sent nothing any more. The lock is held."""
+        self.suspects.stopped()
+
     def died(self, reason: str) -> int:
         """A group that was ready has ended; returns how many deaths, this one last, were one request's doing."""
         with self.keeper.lock:

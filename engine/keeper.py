@@ -174,7 +174,9 @@ class GroupKeeper:
             reason = EngineError(f"engine client: {e!r}")
         with self.changed:
             served_s = None if self.info is None else time.monotonic() - self.freshness.since_s
-            self._group, self.info, self.last_reason = None, None, str(reason)
+            self._group, self.info = None, None
+            self.last_reason = None if reason is None else str(reason)
+            self._owner.stopped()
             self.changed.notify_all()
         self._metrics.group_ended()
         if reason is None:

@@ -19,6 +19,9 @@ class Owner(Protocol):
     def tick(self, now_s: float) -> None:
         """Called at least every 50 ms."""
 
+    def stopped(self) -> None:
+        """A group is sent nothing any more. The lock is held."""
+
     def died(self, reason: str) -> int:
         """A group that was ready has ended; returns how many deaths, this one last, were one request's doing."""
 

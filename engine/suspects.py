@@ -36,7 +36,8 @@ class Suspects:
 
     def __init__(self, max_running: int, max_deaths: int = MAX_DEATHS, max_trial_s: float = MAX_TRIAL_S) -> None:
         self._max_running, self._max_deaths, self._max_trial_s = max_running, max_deaths, max_trial_s
-        self._living = False  # there is a group that requests are sent to
+        self._living = False  # a group has been born and has not died
+        self._sending = False  # and requests are sent to it
         self._unproven: dict[str, int] = {}  # sent in this life, no token yet; their priority
         self._deaths: dict[str, int] = {}  # in a row, without a token between them
         self._held: dict[str, int] = {}  # suspects that wait for their turn
@@ -52,7 +53,7 @@ class Suspects:
         """Takes a new request; whether it may be sent now. When there is no group, `born` will say."""
         if self._held or self._trial_ends_s < math.inf:
             self._later[request_id] = priority
-        elif self._living:
+        elif self._sending:
             self._unproven[request_id] = priority
             return True
         return False
@@ -77,7 +78,7 @@ class Suspects:
         Returns:
             those that it is given at once; `due` says when the others' turn has come.
         """
-        self._living = True
+        self._living = self._sending = True
         if self._held:
             self._trial_ends_s = now_s + self._max_trial_s
         else:
@@ -88,7 +89,7 @@ class Suspects:
 
     def due(self, now_s: float) -> list[str]:
         """Those whose turn has come: the next suspect, or in the end all that waited for the suspects."""
-        if self._trial_ends_s == math.inf or not self._living:
+        if self._trial_ends_s == math.inf or not self._sending:
             return []
         if self._unproven and now_s < self._trial_ends_s:
             return []
@@ -102,11 +103,16 @@ class Suspects:
         self._unproven.update(later)
         return list(later)
 
+    def stopped(self) -> None:
+        """The group is sent nothing any more: its end has been noticed, and `died` will follow."""
+        self._sending = False
+
     def died(self) -> Condemned | None:
         """The group died after it was ready; returns the request that is condemned for it."""
         if not self._living:
             return None
-        self._living, self._trial_ends_s = False, math.inf
+        self._living = self._sending = False
+        self._trial_ends_s = math.inf
         # A group admits by priority, then by arrival; sorted() keeps the order among equals.
         unproven = dict(sorted(self._unproven.items(), key=lambda item: item[1]))
         self._unproven = {}

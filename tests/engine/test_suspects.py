@@ -190,6 +190,15 @@ def test_the_group_admits_by_priority() -> None:
     assert suspects.due(0.0) == ["high"]
 
 
+def test_who_comes_while_a_group_is_torn_down_was_not_in_it() -> None:
+    suspects = Suspects(64)
+    suspects.born({}, 0.0)
+    suspects.stopped()
+    assert not suspects.submitted("a", 0)
+    suspects.died()
+    assert suspects.born({"a": 0}, 0.0) == ["a"]
+
+
 def test_a_group_that_was_never_ready_blames_nobody() -> None:
     suspects = Suspects(64)
     for _ in range(5):
