@@ -56,8 +56,8 @@ class ChunkGraphs:
         current = torch.cuda.current_stream(self._tokens_RL.device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
-            self._staged.positions_T.fill_(-1)
-            self._staged.starts_P1.zero_()
+            none = torch.zeros(3, 1, dtype=torch.int64, device=self._tokens_RL.device)
+            self._staged.stage(bucket, none[0], none[0] - 1, 0, none, none[0])
             self._compute(bucket)
             self._stream.synchronize()
             graph = torch.cuda.CUDAGraph()

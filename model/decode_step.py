@@ -167,7 +167,7 @@ class DecodeStep:
             paged_decode_attention(
                 self._q_SHE[:s], self._cache.k[i], self._cache.v[i], self._tables_RB, self.rows_S[:s], self._lens_S[:s],
                 self._attended_SHE[:s], self._scratch, block_size=self._cache.block_size, num_splits=self._splits[s],
-                pdl=self._pdl and few,
+                pdl=self._pdl,
             )  # fmt: skip
             tile = self.tiles[s].wo if few else None
             parts = self._add(self._attended_SHE.flatten(1), layer.wo_DN, layer.ffn_norm_D, s, 2 * i, tile)

@@ -15,7 +15,13 @@ import torch
 
 from tpserve.model.decode_step import FusedLayer
 from tpserve.model.kernels import pointwise, rows
-from tpserve.model.kernels.paged_attention import DecodeScratch, choose_splits, decode_scratch, paged_decode_attention
+from tpserve.model.kernels.paged_attention import (
+    DecodeScratch,
+    choose_splits,
+    decode_scratch,
+    decode_variants,
+    paged_decode_attention,
+)
 from tpserve.model.kernels.prefill_attention import paged_prefill_attention, prefill_tiles
 from tpserve.model.kernels.rope import rope_and_write
 from tpserve.model.kv_cache import PagedKVCache
@@ -117,13 +123,16 @@ class FusedForward:
         return model.gather(x_ND @ model.output.weight.t()).float()
 
     @torch.no_grad()
-    def compile(self, num_decodes: int, num_chunks: int = 1) -> None:
-        """Runs a step of so many decoding sequences and empty chunks; it writes no keys and reads none."""
-        device = self._tables_RB.device
-        none = torch.zeros(num_decodes or 64, dtype=torch.int64, device=device)
-        empty_P = none.new_zeros(num_chunks)
-        chunks = Chunks(empty_P, none.new_full((num_chunks + 1,), num_decodes), empty_P)
-        self(none, none, torch.full_like(none, -1), num_decodes, chunks, None)
+    def compile(self) -> None:
+        """Compiles every variant of the kernels, lest somebody wait for it: by steps that write and read no keys."""
+        variants = decode_variants(
+            len(self._tables_RB), self._kv_heads, self._head_dim, self._model.output.weight.dtype
+        )  # fmt: skip
+        for num_decodes, num_chunks in [(0, 1), (0, 17), *((n, 1) for n in variants)]:
+            none = torch.zeros(num_decodes or 64, dtype=torch.int64, device=self._tables_RB.device)
+            empty_P = none.new_zeros(num_chunks)
+            chunks = Chunks(empty_P, none.new_full((num_chunks + 1,), num_decodes), empty_P)
+            self(none, none, torch.full_like(none, -1), num_decodes, chunks, None)
 
     def _sum(self, y_TD: torch.Tensor) -> torch.Tensor:
         return self._tp.all_reduce(y_TD) if self._tp.size > 1 else y_TD

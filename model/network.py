@@ -183,10 +183,7 @@ class FusedNetwork:
 
     def warm_up(self) -> None:
         """Compiles what mixed steps need, and captures the graphs, largest first: they share pools of memory."""
-        for num_decodes in (0, 1, 2, 17, 33, 65, 129):  # attention is compiled for 1, up to 16, 32 … sequences
-            if num_decodes <= len(self._tokens_RL):
-                self._forward.compile(num_decodes)
-        self._forward.compile(0, num_chunks=17)  # and attention over prompts for up to 16, and up to 256
+        self._forward.compile()
         if self._decoder is not None:
             for bucket in reversed(self._decoder.buckets):
                 self._decoder.capture(bucket)

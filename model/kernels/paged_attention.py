@@ -68,6 +68,18 @@ def _tiles(S: int, K: int, E: int, dtype: torch.dtype) -> tuple[int, int, int]:
     return (32, 1, 2) if S * K >= _MANY else (32, 2, 3)
 
 
+def _padded_sequences(S: int) -> int:
+    return 1 if S == 1 else max(16, triton.next_power_of_2(S))
+
+
+def decode_variants(max_S: int, K: int, E: int, dtype: torch.dtype) -> list[int]:
+    """Numbers of sequences, one for each variant that the kernel is compiled in for up to `max_S` of them."""
+    first: dict[object, int] = {}
+    for S in range(1, max_S + 1):
+        first.setdefault((_padded_sequences(S), _tiles(S, K, E, dtype)), S)
+    return list(first.values())
+
+
 def choose_splits(S: int, K: int, max_len: int, num_sms: int) -> int:
     """Items a sequence, for a graph captured for S sequences of up to `max_len` keys: one wave of programs."""
     programs = num_sms * (8 if S * K >= _MANY else 1 if S * K in _ONE_EACH else 2)
@@ -230,7 +242,7 @@ def paged_decode_attention(
         S, num_splits if S == 1 else max(1, S * (num_splits - 1)),
         q_SHE.stride(0), out_SHE.stride(0), tables_RB.stride(0), math.log2(math.e) / math.sqrt(E),
         K=K, G=G, GP=max(16, CG), E=E, EP=max(16, triton.next_power_of_2(E)),
-        SP=1 if S == 1 else max(16, triton.next_power_of_2(S)),
+        SP=_padded_sequences(S),
         BLOCK=block_size, BN=BN, STAGES=stages, CS=max(1, 16 * warps // CG), CG=CG,
         OFFSET=tl.int32 if k_cache.numel() < 2**31 else tl.int64,
         PRECISION="ieee" if q_SHE.dtype == torch.float32 else "tf32", PDL=pdl, num_warps=warps, launch_pdl=pdl,

@@ -12,7 +12,7 @@ import math
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tpserve.model.kernels.norm import Normed, inverse_rms, load_sums
 
@@ -27,6 +27,7 @@ def _rope_and_write_kernel(
     t, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * HEADS
     if PDL:
         gdc_wait()
+        gdc_launch_dependents()
     position, slot = tl.load(positions_ptr + t), tl.load(slots_ptr + t)
     head, e = tl.arange(0, HEADS)[:, None], tl.arange(0, EP)
     there = (head >= 0) & (e[None, :] < E)
