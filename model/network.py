@@ -183,13 +183,19 @@ class FusedNetwork:
 
     def warm_up(self) -> None:
         """Compiles what mixed steps need, and captures the graphs, largest first: they share pools of memory."""
+        started_s = time.monotonic()
         self._forward.compile()
+        compiled_s = time.monotonic()
         if self._decoder is not None:
             for bucket in reversed(self._decoder.buckets):
                 self._decoder.capture(bucket)
         if self._chunk_graphs is not None:
             for bucket in reversed(self._chunk_buckets):
                 self._chunk_graphs.capture(bucket)
+        logger.info(
+            "compiled kernels in %.1f s, captured graphs in %.1f s",
+            compiled_s - started_s, time.monotonic() - compiled_s,
+        )  # fmt: skip
 
     def close(self) -> None:
         """Drops the graphs: NCCL's end waits for those that hold its kernels."""
