@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from tpserve.engine.protocol import PromptLogprob
 from tpserve.engine.sampling_params import SamplingParams
 from tpserve.engine.sequence import Sequence
 from tpserve.engine.step import Candidate
@@ -49,6 +50,7 @@ class BeamGroup:
         admitted: it holds `width` batch rows.
         spare_rows: those of them that no beam uses.
         finished: the best hypotheses that have ended, best first.
+        prompt_logprobs: see `Sequence`; of the first beam, which alone has computed the prompt.
     """
 
     def __init__(self, params: SamplingParams, root: Sequence) -> None:
@@ -58,6 +60,7 @@ class BeamGroup:
         self.admitted = False
         self.spare_rows: list[int] = []
         self.finished: list[Hypothesis] = []
+        self.prompt_logprobs: list[PromptLogprob | None] | None = None
         self.next_index = 1
         self._params = params
         self._offers: dict[Sequence, list[Candidate]] = {}
@@ -78,6 +81,9 @@ class BeamGroup:
 
     def select(self) -> list[Extension]:
         """Chooses the next beams among the offers, and keeps what ended; empty: the search is over."""
+        if self.prompt_logprobs is None:
+            (root,) = self.beams
+            self.prompt_logprobs = root.prompt_logprobs.copy()
         offers = [
             Extension(beam, candidate, self.beams[beam] + candidate.logprob)
             for beam in self.beams

@@ -22,7 +22,7 @@ def output(done: Progress, result: StepResult) -> RequestOutput:
             assert result.top_logprobs is not None
             tops = [top[:asked] for top in result.top_logprobs[first : first + n]]
     if not said and seq.index == 0 and seq.params.prompt_logprobs is not None:
-        prompt = _prompt_logprobs(seq)
+        prompt = _prompt_logprobs(seq.prompt_logprobs, seq.params.prompt_logprobs)
     return RequestOutput(
         seq.request_id,
         done.token_ids,
@@ -40,6 +40,7 @@ def beam_outputs(seq: Sequence) -> list[RequestOutput]:
     """The best hypotheses of a finished beam search, best first."""
     group, params = seq.group, seq.params
     assert group is not None
+    asked = params.prompt_logprobs
     return [
         RequestOutput(
             seq.request_id,
@@ -47,7 +48,7 @@ def beam_outputs(seq: Sequence) -> list[RequestOutput]:
             hypothesis.logprobs if params.logprobs is not None else None,
             hypothesis.finish_reason,
             index=i,
-            prompt_logprobs=_prompt_logprobs(seq) if i == 0 and params.prompt_logprobs is not None else None,
+            prompt_logprobs=None if i or asked is None else _prompt_logprobs(group.prompt_logprobs or [], asked),
             num_cached_tokens=seq.num_cached_tokens,
             cumulative_logprob=hypothesis.cumulative_logprob,
         )
@@ -55,7 +56,6 @@ def beam_outputs(seq: Sequence) -> list[RequestOutput]:
     ]
 
 
-def _prompt_logprobs(seq: Sequence) -> list[PromptLogprob | None]:
+def _prompt_logprobs(computed: list[PromptLogprob | None], asked: int) -> list[PromptLogprob | None]:
     """One a prompt token; nothing stands before the first."""
-    asked = seq.params.prompt_logprobs or 0
-    return [None, *(PromptLogprob(p.logprob, p.top[:asked]) for p in seq.prompt_logprobs if p is not None)]
+    return [None, *(PromptLogprob(p.logprob, p.top[:asked]) for p in computed if p is not None)]

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 import pytest
 
 from tests.helpers.groups import rank_group, with_
@@ -15,6 +16,7 @@ from tests.helpers.requests import Collected
 from tests.helpers.stories import EOS, VOCAB_SIZE, converted, plain_model, prompts
 from tpserve.engine.client import EngineClient
 from tpserve.engine.config import EngineConfig
+from tpserve.engine.protocol import RequestOutput
 from tpserve.engine.sampling_params import SamplingParams
 
 LETTERS = (261, 265, 426)
@@ -168,6 +170,20 @@ def test_beams_share_the_blocks_of_what_they_have_in_common(config: EngineConfig
     shared, longest = 90 // 4, -(-110 // 4)
     assert longest < engine.peak_blocks <= shared + 16 * (longest - shared)
     assert engine.peak_blocks < 16 * longest / 4
+
+
+@pytest.mark.parametrize("width", [2, 8])
+def test_the_prompts_scores_are_told_as_without_a_search(config: EngineConfig, width: int) -> None:
+    engine = LocalEngine(config)
+    prompt, told = search_prompts()[0], []
+    for asked in (SamplingParams(), SamplingParams(beam_width=width, n=2)):
+        params = msgspec.structs.replace(asked, max_new_tokens=6, temperature=0.0, prompt_logprobs=1, seed=1)
+        outputs: list[RequestOutput] = []
+        engine.submit("a", prompt, params, outputs.append)
+        engine.run()
+        told.append([output.prompt_logprobs for output in outputs if output.prompt_logprobs is not None])
+    assert told[0] == told[1]
+    assert [len(scores) for scores in told[1]] == [len(prompt)]
 
 
 def test_a_cancelled_search_gives_everything_back(client: EngineClient) -> None:
