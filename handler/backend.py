@@ -23,7 +23,7 @@ from tpserve.engine.text.tokenizer import Tokenizer
 from tpserve.engine.trace import chrome_trace
 from tpserve.handler.chat_template import ChatTemplate, default_template
 from tpserve.handler.health import Health
-from tpserve.handler.http import HttpRequest, Signal
+from tpserve.handler.http import MAX_HEADERS, HttpRequest, Signal
 from tpserve.handler.open_request import Deferred, Input, OpenAnswers, OpenRequest, Pending
 from tpserve.handler.predictions import Defaults, Prediction, parse_request
 from tpserve.handler.preparing import Prepared, Preparer
@@ -120,8 +120,12 @@ class Backend:
     def open(
         self, request_id: str, parameters: Mapping[str, Any], headers: Mapping[str, Any], stream: bool = True
     ) -> Pending | Reply:
-        """`serve` for TorchServe; see `read_request`."""
-        return self.serve(request_id, read_request(parameters, headers), self.signal, stream)
+        """`serve` for TorchServe; see `read_request`. Netty does not count headers."""
+        request = read_request(parameters, headers)
+        if (count := len(request.headers.keys() - {"url_path"})) > MAX_HEADERS:
+            said = f"a request may have {MAX_HEADERS} headers, this one has {count}"
+            return refusal_reply(request.path, Refusal(431, said))
+        return self.serve(request_id, request, self.signal, stream)
 
     def serve(self, request_id: str, request: HttpRequest, signal: Signal, stream: bool = True) -> Pending | Reply:
         """Starts what a request asks for.

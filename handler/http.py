@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+MAX_HEADERS = 100
+
 
 @dataclasses.dataclass(frozen=True)
 class HttpRequest:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 
 from starlette.types import Receive, Scope, Send
 
+from tpserve.handler.http import MAX_HEADERS
 from tpserve.handler.refusals import Refusal
 from tpserve.handler.replies import Reply
 
@@ -33,7 +34,7 @@ class Limits:
 
     max_request_bytes: int = 2 << 20
     max_header_bytes: int = 16 << 10
-    max_headers: int = 100
+    max_headers: int = MAX_HEADERS
     max_url_bytes: int = 4 << 10
     max_connections: int = 1024
     max_buffered_bytes: int = 256 << 20

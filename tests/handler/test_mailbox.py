@@ -104,6 +104,13 @@ def test_a_refused_request_leaves_its_neighbours_alone(engine: FakeEngine, front
     assert "".join(line["text"] for line in frontend.lines("good")).startswith("the")
 
 
+def test_headers_that_are_too_many(engine: FakeEngine, frontend: Frontend) -> None:
+    data, headers = body(HELLO, url_path="v1/completions")
+    frontend.call({"a": (data, headers | {f"x-{i}": "a" for i in range(101)})})
+    assert frontend.status["a"] == 431
+    assert "100 headers" in frontend.lines("a")[0]["error"]["message"]
+
+
 def test_overload_is_429_with_retry_after(engine: FakeEngine, frontend: Frontend) -> None:
     engine.refusal = OverloadedError("full", retry_after_s=7)
     frontend.call({"a": body(HELLO)})
