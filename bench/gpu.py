@@ -129,7 +129,9 @@ def add_peer(rows: list[dict[str, Any]], what: Measure, command: str) -> None:
     names = ("ttft_ms", "step_ms", "tokens_per_s")
     by_key = {(row[0], row[1], row[2]): dict(zip(names, row[4:7], strict=True)) for row in theirs}
     for row in rows:
-        row["peer"] = by_key.get((row["kind"], row["batch"], row["in"]))
+        peer = row["peer"] = by_key.get((row["kind"], row["batch"], row["in"]))
+        if peer and row["kind"] == "thr":  # its other columns say something else there
+            row["peer"] = {"ttft_ms": 0.0, "step_ms": 0.0, "tokens_per_s": peer["tokens_per_s"]}
 
 
 def check_kernels() -> dict[str, Any]:
