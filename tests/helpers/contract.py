@@ -207,3 +207,17 @@ def test_no_prompt_is_logged(address: Address) -> None:
     log = address.log.read_text()
     assert log
     assert "quetzalcoatlus" not in log.lower()
+
+
+def test_live_and_ready(address: Address) -> None:
+    for path in ("health/live", "health/ready", "health", "v2/health/live", "v2/health/ready"):
+        assert address.ask(path)[0] == 200
+    assert json.loads(address.ask("health/ready")[2])["status"] == "ready"
+
+
+def test_a_grammar_that_cannot_be_used_is_its_own_requests_400(address: Address) -> None:
+    asked = {"prompt": "a", "guided_regex": "[a-"}
+    for _ in range(2):  # looked at, and remembered
+        status, _, body = address.ask("v1/completions", asked)
+        assert (status, json.loads(body)["error"]["param"]) == (400, "guided_regex")
+    assert address.ask("v2/models/ensemble/generate", {"text_input": "a", "guided_regex": "[a-"})[0] == 400
