@@ -150,15 +150,7 @@ def check() -> dict[str, float]:
     """The worst error of each kind; raises where one is over its limit."""
     worst: dict[str, float] = {}
     for dtype, limit in LIMITS.items():
-        for heads, kv_heads, width in [
-            (32, 32, 128),
-            (16, 2, 128),
-            (32, 8, 64),
-            (6, 2, 16),
-            (4, 4, 8),
-            (2, 1, 80),
-            (4, 2, 256),
-        ]:
+        for heads, kv_heads, width in SHAPES:
             for block_size in (16, 32):
                 make = functools.partial(
                     paged, heads=heads, kv_heads=kv_heads, width=width, dtype=dtype, block_size=block_size
