@@ -152,6 +152,14 @@ def is_running(pid: int) -> bool:
         return not sys.platform.startswith("linux")
 
 
+def is_stopped(pid: int) -> bool:
+    """Whether a signal or a debugger has stopped the process."""
+    try:
+        return _after_name(pid)[0] in "Tt"
+    except (OSError, IndexError):
+        return False
+
+
 def _parent_of(pid: int) -> int:
     return int(_after_name(pid)[1])
 

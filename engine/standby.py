@@ -9,6 +9,7 @@ from tpserve.engine.config import EngineConfig
 from tpserve.engine.supervisor import RankGroup
 
 _AGAIN_S = 30.0  # a standby that died by itself may do so again
+_LOOK_S = 1.0
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +25,7 @@ class Standby:
         self._wanted = wanted
         self._group: RankGroup | None = None
         self._not_before_s = 0.0
+        self._looked_s = 0.0
 
     @property
     def pids(self) -> list[int]:
@@ -41,9 +43,10 @@ class Standby:
             return
         if self._group is not None:
             self._group.receive(0.0)  # notices its end
-            if self._group.death is None:
+            reason = self._group.death or self._stopped()
+            if reason is None:
                 return
-            logger.warning("the standby group: %s", self._group.death)
+            logger.warning("the standby group: %s", reason)
             self.close()
             self._not_before_s = time.monotonic() + _AGAIN_S
         if time.monotonic() >= self._not_before_s:
@@ -60,13 +63,20 @@ class Standby:
             Exception: a new one could not be launched.
         """
         group, self._group = self._group, None
-        if group is not None and (group.config != config or group.death is not None):
+        if group is not None and (group.config != config or group.death is not None or group.is_stopped):
             group.kill()
             group = None
         if group is None:
             group = RankGroup(config)
         group.go()
         return group
+
+    def _stopped(self) -> str | None:
+        now_s = time.monotonic()
+        if self._group is None or now_s < self._looked_s + _LOOK_S:
+            return None
+        self._looked_s = now_s
+        return "one of its processes was stopped" if self._group.is_stopped else None
 
     def close(self) -> None:
         """Leaves no process."""

@@ -24,6 +24,7 @@ from tpserve.engine.process import (
     command_line,
     descendants,
     environment_without_torchrun,
+    is_stopped,
     kill_all,
     members_of_sessions,
     open_pidfd,
@@ -98,6 +99,11 @@ class RankGroup:
         if self._ended is not None and self._ended != self._process.pid:
             return f"the rank group ended: a rank (pid {self._ended}) died"
         return None if status is None else f"the rank group ended with status {status}"
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether one of its processes is stopped: a waiting group says nothing, so its silence does not show it."""
+        return any(map(is_stopped, self._pid_of.values()))
 
     def go(self) -> None:
         """Lets the ranks take their devices, load, and serve; once."""

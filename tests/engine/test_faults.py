@@ -163,6 +163,23 @@ def test_a_standby_of_another_size_is_not_taken(make: Make) -> None:
     assert [group.config.tensor_parallel_size for group in FakeGroup.all] == [2, 2, 1, 1]
 
 
+def test_a_stopped_standby_is_not_taken(make: Make) -> None:
+    client = make(standby=True)
+    until(lambda: len(FakeGroup.all) == 2)
+    first, standby = FakeGroup.all
+    standby.is_stopped = True
+    first.exit_status = 1
+    until(lambda: len(FakeGroup.all) == 4 and client.ready)
+    assert (standby.killed, standby.has_gone, FakeGroup.all[2].has_gone) == (True, False, True)
+
+
+def test_a_standby_that_is_stopped_while_it_waits_is_ended(make: Make) -> None:
+    make(standby=True)
+    until(lambda: len(FakeGroup.all) == 2)
+    FakeGroup.all[1].is_stopped = True
+    until(lambda: FakeGroup.all[1].killed)
+
+
 def test_no_standby_where_nothing_is_relaunched(make: Make) -> None:
     make(standby=True, max_restarts=0)
     time.sleep(0.2)

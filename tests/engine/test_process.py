@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from tpserve.engine.process import is_running
+from tpserve.engine.process import is_running, is_stopped
 
 CHILD = """
 import sys, time
@@ -32,6 +32,22 @@ GRANDPARENT = """
 import subprocess, sys
 subprocess.run([sys.executable, "-c", sys.argv[3], *sys.argv[1:3]])
 """
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks at /proc")
+def test_a_stopped_process_is_told_from_one_that_sleeps() -> None:
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as child:
+        try:
+            assert not is_stopped(child.pid)
+            child.send_signal(signal.SIGSTOP)
+            deadline_s = time.monotonic() + 10
+            while not is_stopped(child.pid) and time.monotonic() < deadline_s:
+                time.sleep(0.01)
+            assert is_stopped(child.pid)
+            assert is_running(child.pid)
+        finally:
+            child.kill()
+    assert not is_stopped(child.pid)
 
 
 @pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="this system has no pidfds")

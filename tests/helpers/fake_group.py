@@ -28,7 +28,7 @@ class FakeGroup:
         self.events: list[Event] = []
         self.pids, self.rank_pids = [1, 2], [2]
         self.exit_status: int | None = None
-        self.has_gone = self.killed = False
+        self.has_gone = self.killed = self.is_stopped = False
         self._replies: queue.Queue[Reply] = queue.Queue()
         FakeGroup.all.append(self)
 
