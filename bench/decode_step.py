@@ -22,7 +22,7 @@ from tpserve.model.attention import PagedAttention
 from tpserve.model.decoder import FusedDecoder
 from tpserve.model.kv_cache import PagedKVCache
 from tpserve.model.llama import Llama
-from tpserve.model.parallel import TensorParallel, kv_heads_per_rank, localize, parallelize
+from tpserve.model.parallel import TensorParallel, num_kv_heads, shard
 from tpserve.model.rope import rope_table
 
 MODELS = {
@@ -119,7 +119,7 @@ class Setup:
         blocks_each = -(-context // _BLOCK_SIZE)
         num_blocks = -(-(tokens or batch * context) // _BLOCK_SIZE) + batch
         self.cache = PagedKVCache(
-            args.n_layers, num_blocks, _BLOCK_SIZE, kv_heads_per_rank(args, group.size), args.head_dim,
+            args.n_layers, num_blocks, _BLOCK_SIZE, num_kv_heads(args, group), args.head_dim,
             dtype=torch.bfloat16, device=device,
         )  # fmt: skip
         for tensor in (*self.cache.k, *self.cache.v):
@@ -188,10 +188,8 @@ def random_model(args: ModelArgs, group: TensorParallel, device: torch.device, m
     """This rank's part of a bfloat16 model with random weights; what ranks share is equal on them."""
     with torch.device("meta"):
         model = Llama(args, max_len).to(torch.bfloat16)
-    if group.size > 1:
-        parallelize(model, group, device.type)
+    shard(model, group)
     model.to_empty(device=device)
-    localize(model, group)
     model.rope_PC2 = rope_table(args, max_len, device)
     shared = torch.Generator(device).manual_seed(7)
     own = torch.Generator(device).manual_seed(100 + group.rank)

@@ -25,7 +25,7 @@ from tpserve.bench.engine_runs import floor_ms
 from tpserve.model.attention import SequenceSlice
 from tpserve.model.kv_cache import PagedKVCache
 from tpserve.model.network import FusedNetwork, StepInputs
-from tpserve.model.parallel import TensorParallel, kv_heads_per_rank
+from tpserve.model.parallel import TensorParallel, num_kv_heads
 
 BYTES_PER_S, FLOP_PER_S = 4.24e12, 790e12  # an H200's, measured: reading, and bfloat16 products
 _BLOCK_SIZE = 16
@@ -50,7 +50,7 @@ class Steps:
         num_blocks = tokens // _BLOCK_SIZE + batch
         llama = random_model(self.args, tp, device, max_len=length + 1)
         self._cache = PagedKVCache(
-            self.args.n_layers, num_blocks, _BLOCK_SIZE, kv_heads_per_rank(self.args, tp.size), self.args.head_dim,
+            self.args.n_layers, num_blocks, _BLOCK_SIZE, num_kv_heads(self.args, tp), self.args.head_dim,
             dtype=torch.bfloat16, device=device,
         )  # fmt: skip
         for tensor in (*self._cache.k, *self._cache.v):

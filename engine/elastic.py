@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tpserve.model.args import ModelArgs
-from tpserve.model.plan import kv_mesh_shape
+from tpserve.model.plan import shares
 
 _MAX_FAILED_STARTS = 2
 
@@ -12,7 +12,7 @@ def largest_fitting_size(args: ModelArgs, most: int) -> int | None:
     """The largest TP size up to `most` that splits the model's heads evenly; None: there is none."""
     for size in range(most, 0, -1):
         try:
-            kv_mesh_shape(args.n_heads, args.n_kv_heads, size)
+            shares(args, size)
         except ValueError:
             continue
         return size

@@ -29,7 +29,7 @@ from tpserve.model.checkpoint import CheckpointError
 from tpserve.model.kv_cache import PagedKVCache, bytes_per_block
 from tpserve.model.loader import LoadedModel, load_model
 from tpserve.model.network import Network, choose_network
-from tpserve.model.parallel import TensorParallel, kv_heads_per_rank
+from tpserve.model.parallel import TensorParallel, num_kv_heads
 
 _CPU_KV_CACHE_BYTES = 1 << 30
 
@@ -174,7 +174,7 @@ def _runner(
 
 def _cache(config: EngineConfig, loaded: LoadedModel, num_blocks: int) -> PagedKVCache:
     args = loaded.info.args
-    kv_heads = kv_heads_per_rank(args, loaded.tp.size)
+    kv_heads = num_kv_heads(args, loaded.tp)
     return PagedKVCache(
         args.n_layers,
         num_blocks,
@@ -190,7 +190,7 @@ def _num_blocks(config: EngineConfig, loaded: LoadedModel) -> int:
     """Blocks of the KV cache: as configured, or what memory allows; the smallest answer of all ranks."""
     args, size = loaded.info.args, config.block_size
     block_bytes = bytes_per_block(
-        args.n_layers, size, kv_heads_per_rank(args, loaded.tp.size), args.head_dim, loaded.dtype
+        args.n_layers, size, num_kv_heads(args, loaded.tp), args.head_dim, loaded.dtype
     )
     wanted = config.max_num_seqs * -(-config.max_seq_len // size)
     if config.num_kv_blocks is not None:

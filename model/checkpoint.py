@@ -9,7 +9,7 @@ from typing import Any
 
 from tpserve.model.args import ModelArgs, ModelArgsError
 
-FORMAT, VERSION = "tpserve-dcp", 1
+FORMAT, SAFETENSORS_FORMAT, VERSION = "tpserve-dcp", "tpserve-safetensors", 1
 MODEL_FILE = "model.json"
 MANIFEST_FILE = "manifest.json"
 DTYPES = ("float32", "float16", "bfloat16")
@@ -29,6 +29,7 @@ class CheckpointInfo:
         tokenizer: file name of the SentencePiece model in the folder; None: only token-id prompts are served.
         bos_token_id, eos_token_id: of that tokenizer; None without one.
         source: where the weights came from, for people.
+        format: `FORMAT` or `SAFETENSORS_FORMAT`: how the weights lie in the folder.
     """
 
     args: ModelArgs
@@ -37,10 +38,11 @@ class CheckpointInfo:
     bos_token_id: int | None = None
     eos_token_id: int | None = None
     source: dict[str, Any] = dataclasses.field(default_factory=dict)
+    format: str = FORMAT
 
     def write(self, folder: Path) -> None:
         """Writes `model.json` into `folder`."""
-        fields = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
+        fields = {"format": self.format, "version": VERSION, **dataclasses.asdict(self)}
         (folder / MODEL_FILE).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
@@ -61,8 +63,8 @@ class CheckpointInfo:
             raise CheckpointError(f"{path} is not JSON ({e}); convert the checkpoint again") from None
         except OSError as e:
             raise CheckpointError(f"{path} cannot be read: {e.strerror}") from None
-        if not isinstance(fields, dict) or fields.get("format") != FORMAT:
-            raise CheckpointError(f"{path} is not a {FORMAT} file; convert the checkpoint again")
+        if not isinstance(fields, dict) or fields.get("format") not in (FORMAT, SAFETENSORS_FORMAT):
+            raise CheckpointError(f"{path} is not a {FORMAT} or {SAFETENSORS_FORMAT} file; convert the checkpoint again")
         if fields.get("version") != VERSION:
             raise CheckpointError(f"{path} has version {fields.get('version')!r}, this release reads {VERSION}")
         try:
@@ -73,6 +75,7 @@ class CheckpointInfo:
                 bos_token_id=fields.get("bos_token_id"),
                 eos_token_id=fields.get("eos_token_id"),
                 source=fields.get("source", {}),
+                format=fields["format"],
             )
         except (ModelArgsError, KeyError, TypeError) as e:
             raise CheckpointError(f"{path}: {e}") from None

@@ -139,23 +139,22 @@ class MmapReader(FileSystemReader):
             raise CheckpointError(f"{path} is no file of this checkpoint; convert the checkpoint again")
         if self.manifest is not None and path.name not in self.manifest.crc32:
             self.manifest.check_whole(path.name)
-        with path.open("rb") as f:
-            data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)  # unmapped with its last view
-        # The kernel's read-ahead would fetch neighbouring chunks, which are other ranks'; see `_pieces`.
-        data.madvise(mmap.MADV_RANDOM)
-        checked = {item.storage_index: pool.submit(self._check, data, path, item.storage_index) for item in items}
+        data = map_file(path)
+        checked = {item.storage_index: pool.submit(self.check, data, path, item.storage_index) for item in items}
         for item in items:
             checked[item.storage_index].result()
             self._copy(data, path, item, planner)
 
-    def _check(self, data: mmap.mmap, path: Path, index: MetadataIndex) -> None:
-        """Reads a stored chunk and holds it against the manifest; zlib lets other threads run meanwhile."""
+    def check(self, data: mmap.mmap, path: Path, index: MetadataIndex) -> None:
+        """Reads a stored chunk and holds it against the manifest; zlib lets other threads run meanwhile.
+
+        Raises:
+            CheckpointError: it is damaged, or not the one that was written.
+        """
         where = self.storage_data[index]
         if not 0 <= where.offset <= where.offset + where.length <= len(data):
             raise CheckpointError(f"{path} ends before {index.fqn}; convert the checkpoint again")
-        crc = 0
-        for begin, end in _pieces(data, where.offset, where.offset + where.length):
-            crc = zlib.crc32(memoryview(data)[begin:end], crc)
+        crc = self._crc32(data, index)
         if self.manifest is None or path.name not in self.manifest.crc32:
             return
         expected = self.manifest.crc32[path.name].get(where.offset)
@@ -167,8 +166,14 @@ class MmapReader(FileSystemReader):
                 f"again"
             )
 
+    def _crc32(self, data: mmap.mmap, index: MetadataIndex) -> int:
+        where, crc = self.storage_data[index], 0
+        for begin, end in pieces(data, where.offset, where.offset + where.length):
+            crc = zlib.crc32(memoryview(data)[begin:end], crc)
+        return crc
+
     def _copy(self, data: mmap.mmap, path: Path, item: ReadItem, planner: LoadPlanner) -> None:
-        stored = self._view(data, item)
+        stored = self.view(data, item.storage_index)
         for dim, (offset, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
             stored = stored.narrow(dim, offset, length)
         target = planner.resolve_tensor(item).detach()
@@ -180,13 +185,13 @@ class MmapReader(FileSystemReader):
         planner.commit_tensor(item, target)
         self.bytes_copied += stored.nbytes
 
-    def _view(self, data: mmap.mmap, item: ReadItem) -> torch.Tensor:
+    def view(self, data: mmap.mmap, index: MetadataIndex) -> torch.Tensor:
         """The stored chunk as a tensor over the mapped bytes."""
         assert self._metadata is not None, "DCP reads the metadata first"
-        tensor_metadata = self._metadata.state_dict_metadata[item.storage_index.fqn]
+        tensor_metadata = self._metadata.state_dict_metadata[index.fqn]
         if not isinstance(tensor_metadata, TensorStorageMetadata):
-            raise ValueError(f"{item.storage_index.fqn} is not a tensor")
-        where = self.storage_data[item.storage_index]
+            raise ValueError(f"{index.fqn} is not a tensor")
+        where = self.storage_data[index]
         with zipfile.ZipFile(_Window(data, where.offset, where.length)) as archive:
             record = next(i for i in archive.infolist() if i.filename.endswith("/data/0"))
         if record.compress_type != zipfile.ZIP_STORED:
@@ -194,16 +199,28 @@ class MmapReader(FileSystemReader):
         header = where.offset + record.header_offset
         name_bytes, extra_bytes = struct.unpack("<HH", data[header + 26 : header + _LOCAL_FILE_HEADER_BYTES])
         start = header + _LOCAL_FILE_HEADER_BYTES + name_bytes + extra_bytes
-        chunk = next(c for c in tensor_metadata.chunks if c.offsets == item.storage_index.offset)
+        chunk = next(c for c in tensor_metadata.chunks if c.offsets == index.offset)
         dtype, count = tensor_metadata.properties.dtype, chunk.sizes.numel()
         if record.file_size != count * dtype.itemsize:
-            raise ValueError(f"{item.storage_index.fqn} has {record.file_size} bytes, not {count * dtype.itemsize}")
+            raise ValueError(f"{index.fqn} has {record.file_size} bytes, not {count * dtype.itemsize}")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
             return torch.frombuffer(data, dtype=dtype, count=count, offset=start).view(chunk.sizes)
 
 
-def _pieces(data: mmap.mmap, begin: int, end: int) -> Iterator[tuple[int, int]]:
+def map_file(path: Path) -> mmap.mmap:
+    """A file's bytes, unmapped with their last view; of the disk only what is asked for is read (see `pieces`).
+
+    Raises:
+        OSError, ValueError: of the disk; the file is empty.
+    """
+    with path.open("rb") as f:
+        data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+    data.madvise(mmap.MADV_RANDOM)  # the kernel's read-ahead would fetch neighbouring chunks, which are other ranks'
+    return data
+
+
+def pieces(data: mmap.mmap, begin: int, end: int) -> Iterator[tuple[int, int]]:
     """The bytes [begin, end) of a map in pieces, each of which the kernel is asked for before it is yielded."""
     for piece in range(begin, end, _PIECE_BYTES):
         stop = min(piece + _PIECE_BYTES, end)

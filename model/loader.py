@@ -1,10 +1,12 @@
-"""From a converted checkpoint folder to a network on this rank: meta init → plan → DCP → plain tensors."""
+"""From a checkpoint to a network on this rank: meta init → this rank's shapes by the plan → its slices, read."""
 
 from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
@@ -15,8 +17,30 @@ from tpserve.model.checkpoint import MODEL_FILE, CheckpointError, CheckpointInfo
 from tpserve.model.dcp_reader import MmapReader
 from tpserve.model.llama import Llama
 from tpserve.model.manifest import StoredManifest
-from tpserve.model.parallel import TensorParallel, localize, parallelize
+from tpserve.model.parallel import TensorParallel, shard
+from tpserve.model.plan import shares
 from tpserve.model.rope import rope_table
+from tpserve.model.slice_planner import SlicePlanner
+
+
+class WeightTensor(Protocol):
+    """A whole parameter in somebody's files, in Meta's layout."""
+
+    name: str
+    shape: tuple[int, ...]
+
+    def read(self, dim: int, lo: int, hi: int, dtype: torch.dtype) -> torch.Tensor:
+        """Copies the slab [lo, hi) along `dim`."""
+        ...
+
+
+class WeightSource(Protocol):
+    """Somebody's checkpoint; see `tpserve.convert`."""
+
+    @property
+    def info(self) -> CheckpointInfo: ...
+    @property
+    def tensors(self) -> Sequence[WeightTensor]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +71,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     max_seq_len: int = 2048,
     dummy: bool = False,
+    source: WeightSource | None = None,
 ) -> LoadedModel:
     """Loads this rank's part of a checkpoint; every rank reads only its own slices, without talking to the others.
 
@@ -57,6 +82,7 @@ def load_model(
         dtype: of the weights; None: the checkpoint's.
         max_seq_len: positions that the rotary table covers.
         dummy: fill the weights with random numbers; of the folder only `model.json` is read.
+        source: where the weights are instead, in whatever form; of the folder nothing is read.
 
     Raises:
         CheckpointError: the folder is not a usable checkpoint.
@@ -64,38 +90,61 @@ def load_model(
     """
     tp = tp or TensorParallel.from_world()
     device = torch.device(device)
-    info = CheckpointInfo.read(checkpoint_dir)
+    info = CheckpointInfo.read(checkpoint_dir) if source is None else source.info
     dtype = dtype or getattr(torch, info.dtype)
-    reader = None if dummy else _open_reader(checkpoint_dir, info)
+    reader = None if dummy or source is not None else _open_reader(checkpoint_dir, info)
     try:
         with torch.device("meta"):
             model = Llama(info.args, max_seq_len).to(dtype)
     except RuntimeError as e:  # sizes whose product no integer holds
         raise CheckpointError(f"{checkpoint_dir / MODEL_FILE} describes no network ({e})") from None
-    if tp.size > 1:
-        parallelize(model, tp, device.type)
+    # Shapes are compared while they are whole.
+    whole = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    shard(model, tp)
     model.to_empty(device=device)
-    if reader is None:
-        localize(model, tp)
+    if source is not None:
+        bytes_read = _read_source(model, source, tp)
+    elif reader is None:
+        bytes_read = 0
         _fill_randomly(model, seed=tp.rank)
-        model.rope_PC2 = rope_table(info.args, max_seq_len, device)
-        return LoadedModel(model.eval(), info, tp, device, dtype, 0)
-    state = model.state_dict()
-    _check_shapes(checkpoint_dir, {name: tuple(t.shape) for name, t in state.items()}, reader)
+    else:
+        _check_shapes(checkpoint_dir, whole, reader)
+        _read_dcp(checkpoint_dir, model, reader, tp)
+        bytes_read = reader.bytes_copied
+    model.rope_PC2 = rope_table(info.args, max_seq_len, device)
+    model.requires_grad_(False)
+    return LoadedModel(model.eval(), info, tp, device, dtype, bytes_read)
+
+
+def _read_dcp(folder: Path, model: Llama, reader: MmapReader, tp: TensorParallel) -> None:
+    share = shares(model.args, tp.size)[tp.rank]
     # no_dist: coordination would pickle plans over sockets, and each rank can see for itself what it lacks.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         try:
-            load(state, storage_reader=reader, no_dist=True)
+            planner = SlicePlanner(share, model.args.head_dim)
+            load(model.state_dict(), storage_reader=reader, planner=planner, no_dist=True)
         except CheckpointException as e:  # how DCP wraps what the reader said
             reason = next((error for error, _ in e.failures.values()), e)
             if isinstance(reason, CheckpointError):
                 raise reason from None
             said = next(iter(str(reason).splitlines()), "") or type(reason).__name__
-            raise CheckpointError(f"{checkpoint_dir} cannot be read ({said}); convert the checkpoint again") from None
-    localize(model, tp)
-    model.rope_PC2 = rope_table(info.args, max_seq_len, device)
-    return LoadedModel(model.eval(), info, tp, device, dtype, reader.bytes_copied)
+            raise CheckpointError(f"{folder} cannot be read ({said}); convert the checkpoint again") from None
+
+
+@torch.no_grad()
+def _read_source(model: Llama, source: WeightSource, tp: TensorParallel) -> int:
+    """Copies this rank's slices of other people's files; returns the bytes."""
+    share, total = shares(model.args, tp.size)[tp.rank], 0
+    parameters = model.state_dict()
+    for tensor in source.tensors:
+        target = parameters.pop(tensor.name)
+        dim, lo, hi = share.of(tensor.name, model.args.head_dim) or (0, 0, tensor.shape[0])
+        target.copy_(tensor.read(dim, lo, hi, target.dtype))
+        total += target.nbytes
+    if parameters:
+        raise CheckpointError(f"{next(iter(parameters))} is missing")
+    return total
 
 
 def _open_reader(folder: Path, info: CheckpointInfo) -> MmapReader:

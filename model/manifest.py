@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tpserve.model.checkpoint import MANIFEST_FILE, CheckpointError
 
-WEIGHTS_SUFFIX = ".distcp"
+WEIGHTS_SUFFIXES = (".distcp", ".safetensors")
 _REMEDY = "copy the folder again, or convert the checkpoint again"
 _READ_BYTES = 1 << 20
 
@@ -72,7 +72,7 @@ class StoredManifest:
                 found = path.stat().st_size
                 if found != size:
                     raise CheckpointError(f"{path} has {found} bytes, {MANIFEST_FILE} says {size}; {_REMEDY}")
-                if not name.endswith(WEIGHTS_SUFFIX):
+                if not name.endswith(WEIGHTS_SUFFIXES):
                     self.check_whole(name)
             except OSError as e:
                 raise CheckpointError(f"{path} cannot be read: {e.strerror}; {_REMEDY}") from None

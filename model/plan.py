@@ -7,6 +7,11 @@ two all-reduces, after `wo` and after `w2`, and the head one gather (Shoeybi et 
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+
+from tpserve.model.args import ModelArgs
+
 # The dimension along which a weight is split over ranks; None: every rank holds all of it.
 TP_DIM: dict[str, int | None] = {
     "tok_embeddings.weight": None,
@@ -48,30 +53,132 @@ def tp_dim(name: str) -> int | None:
 
 
 def chunk_bounds(size: int, n_chunks: int) -> list[tuple[int, int]]:
-    """Half-open bounds of `torch.chunk`'s pieces: ceil(size / n_chunks) each, the last shorter, empty ones left out.
-
-    DTensor shards by the same rule, so a rank's slice of a tensor is `chunk_bounds(size, tp)[rank]`.
-    """
+    """Half-open bounds of `torch.chunk`'s pieces: ceil(size / n_chunks) each, the last shorter, empty ones left out."""
     step = -(-size // n_chunks)
     return [(lo, min(lo + step, size)) for lo in range(0, size, step)]
 
 
-def kv_mesh_shape(n_heads: int, n_kv_heads: int, tp_size: int) -> tuple[int, int]:
-    """How the key/value heads are laid over the ranks: (groups that hold different heads, ranks that hold the same).
+def even_bounds(size: int, n_parts: int) -> list[tuple[int, int]]:
+    """Half-open bounds of `n_parts` neighbouring parts whose sizes differ by one at most, larger ones first."""
+    small, more = divmod(size, n_parts)
+    starts = [part * small + min(part, more) for part in range(n_parts + 1)]
+    return list(itertools.pairwise(starts))
 
-    Rank r holds query heads [r·n_heads/tp, …) and must hold the KV heads that those attend to. With more ranks than
-    KV heads, `tp_size / n_kv_heads` neighbouring ranks hold copies of the same head.
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """What one rank holds; half-open ranges.
+
+    Attributes:
+        heads: query heads.
+        kv_heads: key/value heads; as many query heads to each of them.
+        ffn: columns of the feed-forward block.
+        vocab: rows of the output matrix.
+    """
+
+    heads: tuple[int, int]
+    kv_heads: tuple[int, int]
+    ffn: tuple[int, int]
+    vocab: tuple[int, int]
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Key/value heads that this rank keeps keys and values of."""
+        return self.kv_heads[1] - self.kv_heads[0]
+
+    def of(self, name: str, head_dim: int) -> tuple[int, int, int] | None:
+        """This rank's slice of the parameter `name`: (dimension, first, end); None: all of it.
+
+        Raises:
+            KeyError: no Llama has a parameter of that name.
+        """
+        kind = parameter_kind(name)
+        dim = TP_DIM[kind]
+        if dim is None:
+            return None
+        unit = 1
+        match kind.removesuffix(".weight").rpartition(".")[2]:
+            case "wq" | "wo":
+                (lo, hi), unit = self.heads, head_dim
+            case "wk" | "wv":
+                (lo, hi), unit = self.kv_heads, head_dim
+            case "output":
+                lo, hi = self.vocab
+            case _:
+                lo, hi = self.ffn
+        return dim, lo * unit, hi * unit
+
+
+def shares(args: ModelArgs, tp_size: int) -> list[Share]:
+    """Every rank's share, for any number of ranks up to the number of query heads.
+
+    Key/value heads are not cut. Up to as many ranks as there are of them, they are dealt out with all the query heads
+    that read them; beyond, neighbouring ranks hold copies of one key/value head and deal out its query heads. Either
+    way a rank's query heads have equally many to a key/value head.
 
     Raises:
-        ValueError: this TP size cannot split the heads evenly; the message names sizes that can.
+        ValueError: there are more ranks than query heads, or than blocks of the feed-forward width.
     """
-    if tp_size >= 1 and n_heads % tp_size == 0:
-        if n_kv_heads % tp_size == 0:
-            return tp_size, 1
-        if tp_size % n_kv_heads == 0:
-            return n_kv_heads, tp_size // n_kv_heads
-    sizes = [n for n in range(1, n_heads + 1) if n_heads % n == 0 and (n_kv_heads % n == 0 or n % n_kv_heads == 0)]
-    raise ValueError(
-        f"tensor-parallel size {tp_size} cannot split {n_heads} query heads and {n_kv_heads} key/value heads evenly; "
-        f"possible sizes: {', '.join(map(str, sizes))}"
+    if not 1 <= tp_size <= args.n_heads:
+        raise ValueError(
+            f"tensor-parallel size {tp_size} cannot split {args.n_heads} query heads; possible sizes: 1 to "
+            f"{args.n_heads}"
+        )
+    if tp_size > args.ffn_hidden_dim:
+        raise ValueError(f"tensor-parallel size {tp_size} cannot split {args.ffn_hidden_dim} feed-forward columns")
+    unit = _ffn_unit(args.ffn_hidden_dim, tp_size)
+    ffn = [(lo * unit, hi * unit) for lo, hi in even_bounds(args.ffn_hidden_dim // unit, tp_size)]
+    vocab = chunk_bounds(args.vocab_size, tp_size)
+    vocab += [(args.vocab_size, args.vocab_size)] * (tp_size - len(vocab))
+    return [Share(*heads, *rest) for heads, *rest in zip(_heads(args, tp_size), ffn, vocab, strict=True)]
+
+
+def _heads(args: ModelArgs, tp_size: int) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Each rank's (query heads, key/value heads)."""
+    group = args.n_heads // args.n_kv_heads
+    if tp_size <= args.n_kv_heads:
+        return [((lo * group, hi * group), (lo, hi)) for lo, hi in even_bounds(args.n_kv_heads, tp_size)]
+    return [
+        ((kv * group + lo, kv * group + hi), (kv, kv + 1))
+        for kv, (first, end) in enumerate(even_bounds(tp_size, args.n_kv_heads))
+        for lo, hi in even_bounds(group, end - first)
+    ]
+
+
+def _ffn_unit(width: int, tp_size: int) -> int:
+    """Columns that stay together: products read aligned rows faster."""
+    units = [unit for unit in (64, 32, 16, 8, 4, 2, 1) if width % unit == 0 and width // unit >= tp_size]
+    even = [unit for unit in units if width // unit % tp_size == 0]
+    return even[0] if even and even[0] >= 8 else units[0]
+
+
+def show_shares(args: ModelArgs, tp_size: int) -> str:
+    """A table of who holds what, and how much more the fullest rank has than the average.
+
+    Raises:
+        ValueError: see `shares`.
+    """
+    every = shares(args, tp_size)
+    lines = [f"{'rank':>4}  {'query heads':<14}{'kv heads':<12}{'feed-forward':<16}{'vocabulary':<16}{'weights':>9}"]
+    weights = [_num_weights(args, share) for share in every]
+    for rank, (share, count) in enumerate(zip(every, weights, strict=True)):
+        spans = [_span(span) for span in (share.heads, share.kv_heads, share.ffn, share.vocab)]
+        line = "".join(f"{span:<{width}}" for span, width in zip(spans, (14, 12, 16, 16), strict=True))
+        lines.append(f"{rank:>4}  {line}{count / 1e6:>8.1f}M")
+    excess = max(weights) * tp_size / sum(weights) - 1
+    copies = sum(share.num_kv_heads for share in every) - args.n_kv_heads
+    lines.append(
+        f"the fullest rank holds {excess:.1%} more than the average; key/value heads held twice or more: {copies}"
     )
+    return "\n".join(lines)
+
+
+def _span(span: tuple[int, int]) -> str:
+    return "none" if span[0] == span[1] else f"{span[0]}-{span[1] - 1}"
+
+
+def _num_weights(args: ModelArgs, share: Share) -> int:
+    """Of the parts that are split."""
+    heads, ffn, vocab = (hi - lo for lo, hi in (share.heads, share.ffn, share.vocab))
+    layer = args.dim * (2 * (heads + share.num_kv_heads) * args.head_dim + 3 * ffn)
+    return args.n_layers * layer + vocab * args.dim

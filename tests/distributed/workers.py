@@ -16,7 +16,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from tpserve.model.attention import PagedAttention, SequenceSlice
 from tpserve.model.kv_cache import PagedKVCache
 from tpserve.model.loader import load_model
-from tpserve.model.parallel import TensorParallel, kv_heads_per_rank
+from tpserve.model.parallel import TensorParallel, num_kv_heads
 
 
 def join(rank: int, world_size: int, store: str) -> None:
@@ -39,7 +39,7 @@ def two_steps(rank: int, world_size: int, store: str, folder: str, tokens: list[
     loaded = load_model(Path(folder), dtype=getattr(torch, dtype), max_seq_len=64)
     args = loaded.info.args
     n, blocks = len(tokens), -(-len(tokens) // 4)
-    heads = kv_heads_per_rank(args, world_size)
+    heads = num_kv_heads(args, loaded.tp)
     cache = PagedKVCache(args.n_layers, blocks, 4, heads, args.head_dim, dtype=loaded.dtype, device=loaded.device)
     logits = []
     with torch.inference_mode():

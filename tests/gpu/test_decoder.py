@@ -22,7 +22,7 @@ from tpserve.model.attention import PagedAttention
 from tpserve.model.decoder import FusedDecoder, default_buckets
 from tpserve.model.kv_cache import PagedKVCache
 from tpserve.model.llama import Llama
-from tpserve.model.parallel import TensorParallel, kv_heads_per_rank, localize, parallelize
+from tpserve.model.parallel import TensorParallel, num_kv_heads, shard
 from tpserve.model.rope import rope_table
 
 pytestmark = [
@@ -44,10 +44,8 @@ class Setup:
         device = torch.device("cuda", torch.cuda.current_device())
         with torch.device("meta"):
             model = Llama(args, MAX_LEN).to(torch.bfloat16)
-        if tp.size > 1:
-            parallelize(model, tp, "cuda")
+        shard(model, tp)
         model.to_empty(device=device)
-        localize(model, tp)
         model.rope_PC2 = rope_table(args, MAX_LEN, device)
         shared, own = (torch.Generator(device).manual_seed(SEED + seed) for seed in (7, 100 + tp.rank))
         for name, parameter in model.named_parameters():
@@ -55,7 +53,7 @@ class Setup:
             parameter.data.normal_(mean, std, generator=shared if "norm" in name or "tok" in name else own)
         blocks = ROWS * MAX_LEN // BLOCK
         self.cache = PagedKVCache(
-            args.n_layers, blocks, BLOCK, kv_heads_per_rank(args, tp.size), args.head_dim,
+            args.n_layers, blocks, BLOCK, num_kv_heads(args, tp), args.head_dim,
             dtype=torch.bfloat16, device=device,
         )  # fmt: skip
         for tensor in (*self.cache.k, *self.cache.v):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tpserve.model.args import ModelArgs
 from tpserve.model.llama import Llama
-from tpserve.model.plan import TP_DIM, chunk_bounds, kv_mesh_shape, parameter_kind, tp_dim
+from tpserve.model.plan import TP_DIM, chunk_bounds, even_bounds, parameter_kind, shares, show_shares, tp_dim
 
 ARGS = ModelArgs(dim=32, n_layers=3, n_heads=4, n_kv_heads=2, vocab_size=50, ffn_hidden_dim=48)
 
@@ -43,23 +43,64 @@ def test_chunk_bounds_are_torch_chunks(size: int, n: int) -> None:
     assert [b - a for a, b in chunk_bounds(size, n)] == [len(c) for c in torch.arange(size).chunk(n)]
 
 
-@given(st.integers(1, 8), st.integers(1, 8), st.integers(1, 64))
-def test_every_query_head_meets_its_kv_head(group: int, n_kv_heads: int, tp: int) -> None:
+@given(st.integers(0, 300), st.integers(1, 64))
+def test_even_bounds(size: int, n: int) -> None:
+    parts = [hi - lo for lo, hi in even_bounds(size, n)]
+    assert sum(parts) == size
+    assert max(parts) - min(parts) <= 1
+    assert parts == sorted(parts, reverse=True)
+
+
+def covers(spans: list[tuple[int, int]], size: int) -> bool:
+    return [i for lo, hi in spans for i in range(lo, hi)] == list(range(size))
+
+
+@given(st.integers(1, 8), st.integers(1, 8), st.integers(1, 64), st.integers(1, 700), st.integers(1, 200))
+def test_every_number_of_ranks(group: int, n_kv_heads: int, tp: int, ffn: int, vocab: int) -> None:
     n_heads = group * n_kv_heads
-    if n_heads % tp or (n_kv_heads % tp and tp % n_kv_heads):
+    args = ModelArgs(2 * n_heads, 1, n_heads, n_kv_heads, vocab, ffn)
+    if tp > n_heads or tp > ffn:
         with pytest.raises(ValueError, match=f"size {tp} "):
-            kv_mesh_shape(n_heads, n_kv_heads, tp)
+            shares(args, tp)
         return
-    groups, copies = kv_mesh_shape(n_heads, n_kv_heads, tp)
-    assert groups * copies == tp
-    for rank in range(tp):
-        queries = range(rank * n_heads // tp, (rank + 1) * n_heads // tp)
-        kv_share = n_kv_heads // groups
-        first_kv = (rank // copies) * kv_share
-        for local, head in enumerate(queries):
-            assert first_kv + local // (len(queries) // kv_share) == head // group
+    every = shares(args, tp)
+    assert len(every) == tp
+    assert covers([share.heads for share in every], n_heads)
+    assert covers([share.ffn for share in every], ffn)
+    assert covers([share.vocab for share in every], vocab)
+    for share in every:
+        heads, kv_heads = range(*share.heads), range(*share.kv_heads)
+        assert len(heads) % len(kv_heads) == 0
+        for local, head in enumerate(heads):  # the kernels' rule, on one rank's own heads
+            assert kv_heads[local // (len(heads) // len(kv_heads))] == head // group
+    most, fewest = (f(hi - lo for lo, hi in (share.heads for share in every)) for f in (max, min))
+    assert most - fewest <= (group if tp <= n_kv_heads else max(1, -(-group // 2)))
+    if tp <= n_kv_heads:
+        assert covers([share.kv_heads for share in every], n_kv_heads)
+    assert min(hi - lo for lo, hi in (share.ffn for share in every)) > 0
 
 
-def test_sizes_that_work_are_named() -> None:
-    with pytest.raises(ValueError, match=r"possible sizes: 1, 2, 4, 8, 16, 32, 64$"):
-        kv_mesh_shape(64, 8, 3)
+def test_what_divides_is_split_evenly() -> None:
+    args = ModelArgs(4096, 32, 32, 8, 32000, 11008)
+    for tp in (1, 2, 4, 8, 16, 32):
+        sizes = {tuple(hi - lo for lo, hi in (s.heads, s.ffn, s.vocab)) for s in shares(args, tp)}
+        assert sizes == {(32 // tp, 11008 // tp, 32000 // tp)}
+
+
+def test_slices_of_parameters() -> None:
+    args = ModelArgs(64, 5, 8, 4, 512, 172)
+    share = shares(args, 3)[1]
+    assert (share.heads, share.kv_heads, share.ffn, share.vocab) == ((4, 6), (2, 3), (60, 116), (171, 342))
+    assert share.of("layers.2.attention.wq.weight", 8) == (0, 32, 48)
+    assert share.of("layers.2.attention.wk.weight", 8) == (0, 16, 24)
+    assert share.of("layers.2.attention.wo.weight", 8) == (1, 32, 48)
+    assert share.of("layers.2.feed_forward.w2.weight", 8) == (1, 60, 116)
+    assert share.of("output.weight", 8) == (0, 171, 342)
+    assert share.of("norm.weight", 8) is None
+    assert share.of("tok_embeddings.weight", 8) is None
+
+
+def test_the_table_says_who_holds_what() -> None:
+    table = show_shares(ModelArgs(64, 5, 8, 4, 512, 172), 5).splitlines()
+    assert table[1].split()[:5] == ["0", "0-0", "0-0", "0-35", "0-102"]
+    assert table[-1].endswith("held twice or more: 1")
