@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(shell cksum < pyproject.toml | cut -d' ' -f1)
 
-.PHONY: install demo test test-clients check lint bench audit clean
+.PHONY: install demo test test-faults soak test-clients check lint bench audit clean
 
 install: $(STAMP)
 
@@ -18,6 +18,13 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest
+
+# Every fault on both fronts (`make test` has a few of them); then half an hour of them: FRONT=torchserve, MINUTES=10.
+test-faults: install
+	$(BIN)/python -m pytest -m "faults or not faults" tests/faults
+
+soak: install
+	$(BIN)/python -m tests.faults.soak --minutes $(or $(MINUTES),30) --clients 16 --front $(or $(FRONT),serve)
 
 # Other people's clients against both fronts: npm, Chromium (apt-get install chromium) and ten minutes; see docs/clients.md.
 test-clients: install

@@ -43,7 +43,7 @@ def requests(count: int) -> list[dict[str, Any]]:
     made = []
     for i in range(count):
         body: dict[str, Any] = {
-            "prompt": f"{_OPENINGS[i % 8]} {'and then ' * (i % 5)}", "max_new_tokens": 40 + (i * 37) % 200, "seed": i,
+            "prompt": f"{_OPENINGS[i % 8]} {'and then ' * (i % 5)}", "max_new_tokens": 40 + (i * 37) % 120, "seed": i,
             "ignore_eos": True, "temperature": 0.0 if i % 4 == 0 else 0.7 + 0.1 * (i % 4),
         }  # fmt: skip
         match i % 12:
