@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 from tpserve.model.args import ModelArgs
-from tpserve.model.plan import shares
 
 _MAX_FAILED_STARTS = 2
 
 
 def largest_fitting_size(args: ModelArgs, most: int) -> int | None:
-    """The largest TP size up to `most` that splits the model's heads evenly; None: there is none."""
-    for size in range(most, 0, -1):
-        try:
-            shares(args, size)
-        except ValueError:
-            continue
-        return size
-    return None
+    """The largest TP size up to `most` that the model can be split for; None: there is none."""
+    size = min(most, args.n_heads, args.ffn_hidden_dim)
+    return size if size > 0 else None
 
 
 class TensorParallelSize:

@@ -207,6 +207,9 @@ class GroupKeeper:
                     if reply.num_devices is not None:
                         return MissingDevicesError(reply.message, reply.num_devices)
                     return ConfigError(reply.message)
+                if isinstance(reply, Ready) and self.last_info and reply.checkpoint != self.last_info.checkpoint:
+                    # Streams would go on in another model's words.
+                    return ConfigError("the checkpoint was replaced while it was served; start the server again")
                 self._take(group, reply)
             self._owner.tick(now_s)
             ready = self.info is not None

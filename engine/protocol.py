@@ -119,13 +119,18 @@ class RequestOutput(msgspec.Struct, frozen=True, tag="output", omit_defaults=Tru
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
-    """The group can make tokens."""
+    """The group can make tokens.
+
+    Attributes:
+        checkpoint: of what it has loaded; see `tpserve.model.checkpoint.fingerprint`.
+    """
 
     tensor_parallel_size: int
     num_blocks: int
     block_size: int
     max_seq_len: int
     device: str
+    checkpoint: str = ""
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):

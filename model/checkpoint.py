@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -64,7 +66,9 @@ class CheckpointInfo:
         except OSError as e:
             raise CheckpointError(f"{path} cannot be read: {e.strerror}") from None
         if not isinstance(fields, dict) or fields.get("format") not in (FORMAT, SAFETENSORS_FORMAT):
-            raise CheckpointError(f"{path} is not a {FORMAT} or {SAFETENSORS_FORMAT} file; convert the checkpoint again")
+            raise CheckpointError(
+                f"{path} is not a {FORMAT} or {SAFETENSORS_FORMAT} file; convert the checkpoint again"
+            )
         if fields.get("version") != VERSION:
             raise CheckpointError(f"{path} has version {fields.get('version')!r}, this release reads {VERSION}")
         try:
@@ -84,3 +88,12 @@ class CheckpointInfo:
         if info.tokenizer is not None and Path(info.tokenizer).name != info.tokenizer:
             raise CheckpointError(f"{path}: tokenizer must be a file name in this folder, got {info.tokenizer!r}")
         return info
+
+
+def fingerprint(folder: Path) -> str:
+    """Tells one content of a checkpoint folder from another: a hash of its model.json and of its manifest's sums."""
+    digest = hashlib.sha256()
+    for name in (MODEL_FILE, MANIFEST_FILE):
+        with contextlib.suppress(OSError):
+            digest.update((folder / name).read_bytes())
+    return digest.hexdigest()[:16]

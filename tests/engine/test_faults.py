@@ -54,6 +54,20 @@ def counts(client: EngineClient) -> dict[str, float]:
     return {name.removeprefix("tpserve:"): float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
 
 
+def test_a_relaunched_group_must_have_the_same_weights(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a story would go on in another model's words."""
+    client = make()
+    stream = Heard(client, "stream", max_new_tokens=9)
+    FakeGroup.all[0].say(Outputs([out("stream", [5])]))
+    stream.wait(1)
+    monkeypatch.setattr(FakeGroup, "checkpoint", "another")
+    die(2)
+    last = stream.wait(2)[-1]
+    assert last.finish_reason == "error"
+    assert "replaced while it was served" in str(last.error)
+    assert "replaced" in str(client.failure)
+
+
 def test_a_request_that_groups_die_of_is_set_aside(make: Make) -> None:
     client = make(max_restarts=2)
     bystander, poison = Heard(client, "bystander", max_new_tokens=9), Heard(client, "poison")
@@ -129,8 +143,8 @@ def test_fewer_devices(make: Make) -> None:
     FakeGroup.num_devices = 3
     die(3)
     until(lambda: client.ready and FakeGroup.all[-1].events)
-    assert [group.config.tensor_parallel_size for group in FakeGroup.all] == [4, 4, 2]
-    assert client.info.tensor_parallel_size == counts(client)["tensor_parallel_size"] == 2
+    assert [group.config.tensor_parallel_size for group in FakeGroup.all] == [4, 4, 3]
+    assert client.info.tensor_parallel_size == counts(client)["tensor_parallel_size"] == 3
     FakeGroup.all[-1].say(Outputs([out("a", [6], "length")]))
     assert [o.token_ids for o in heard.wait(2)] == [[5], [6]]
 

@@ -34,6 +34,7 @@ class FakeGroup:
 
     num_devices = 8  # of the machine
     silent = False  # it never becomes ready
+    checkpoint = ""  # what it says it has loaded
 
     def go(self) -> None:
         self.has_gone = True
@@ -43,7 +44,7 @@ class FakeGroup:
         if size > FakeGroup.num_devices:
             self.say(Failed("too few", FakeGroup.num_devices))
         else:
-            self.say(msgspec.structs.replace(READY, tensor_parallel_size=size))
+            self.say(msgspec.structs.replace(READY, tensor_parallel_size=size, checkpoint=self.checkpoint))
 
     @property
     def death(self) -> str | None:
