@@ -12,6 +12,7 @@ import asyncio
 import collections
 import json
 import random
+import signal
 import statistics
 import sys
 import time
@@ -158,6 +159,7 @@ def main() -> int:
     parser.add_argument("--front", choices=NAMES, default="serve")
     arguments = parser.parse_args()
     assert arguments.minutes >= 3, "the second minute is compared with the last one"
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what was started is ended
     with demo() as checkpoint:
         front = start(arguments.front, checkpoint, **_OPTIONS)
         try:

@@ -64,6 +64,11 @@ class Front(abc.ABC):
     def owner(self) -> int:
         """The process that holds the engine's client."""
 
+    @property
+    @abc.abstractmethod
+    def root(self) -> int:
+        """The process that was started."""
+
     @abc.abstractmethod
     def wait_until_ready(self, timeout_s: float = 120.0) -> None:
         """Returns when a token can be made."""
@@ -91,6 +96,11 @@ class Front(abc.ABC):
     def processes(self) -> list[int]:
         """All that were started for it, by whomever."""
         return marked(self.mark)
+
+    @property
+    def orphans(self) -> list[int]:
+        """Those of them that have lost their parents."""
+        return sorted({*self.processes} - {self.root, *descendants(self.root)})
 
     def ask(self, path: str, body: Any = None, timeout_s: float = 60.0) -> tuple[int, bytes]:
         """Status and body of a whole reply; with a body it is a POST."""
@@ -139,6 +149,10 @@ class SecondFront(Front):
 
     @property
     def owner(self) -> int:
+        return self.root
+
+    @property
+    def root(self) -> int:
         return self.served.process.pid
 
     def wait_until_ready(self, timeout_s: float = 120.0) -> None:
@@ -178,8 +192,12 @@ class TorchServe(Front):
 
     @property
     def owner(self) -> int:
-        below = descendants(self.process.pids[0])
+        below = descendants(self.root)
         return next((pid for pid in below if any("model_service_worker" in a for a in command_line(pid))), -1)
+
+    @property
+    def root(self) -> int:
+        return self.process.pids[0]
 
     def wait_until_ready(self, timeout_s: float = 120.0) -> None:
         self.process.wait_until_ready(timeout_s)

@@ -15,6 +15,7 @@ import json
 import math
 import random
 import shutil
+import signal
 import sys
 import time
 from typing import Any
@@ -160,6 +161,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.faults is None:
         arguments.faults = int(arguments.minutes * 100 / 30)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what was started is ended
     with demo() as checkpoint:
         front = start(arguments.front, checkpoint)
         try:

@@ -106,6 +106,7 @@ def test_a_port_in_use_below_torchserve(checkpoint: Path) -> None:
     assert not left
 
 
+@pytest.mark.faults
 def test_a_second_front_on_the_port_of_another(checkpoint: Path) -> None:
     """The first one does not notice."""
     front = SecondFront(checkpoint, 2, standby=False)
