@@ -69,7 +69,7 @@ class EngineClient:
         """None: a token can be made now; otherwise why not, in a sentence for operators.
 
         Says so within two seconds of a fault (later only where the group's own steps take longer). When nobody waits
-        for tokens, a probe of one token goes through the group, at most one a second. Waits at most two seconds, and
+        for tokens, a probe of one token goes through the group, at most two a second. Waits less than two seconds, and
         not at all in the thread that calls `on_output`.
         """
         return self._delivery.health.unhealthy_reason()

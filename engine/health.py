@@ -12,9 +12,10 @@ from tpserve.engine.errors import ConfigError, EngineError
 from tpserve.engine.protocol import Add, Event, Outputs, Ready, RequestOutput
 from tpserve.engine.sampling_params import SamplingParams
 
-_FRESH_S = 2.0
+# Together two seconds: a fault of an idle group may come right after a probe.
+_FRESH_S = 1.5
+_PROBE_INTERVAL_S = 0.5
 _REMEMBERED_S = 60.0
-_PROBE_INTERVAL_S = 1.0
 _PROBE_PREFIX = "\0probe"  # no user's id begins so
 
 
@@ -99,7 +100,7 @@ class Health:
     def unhealthy_reason(self) -> str | None:
         """None: a token can be made now; otherwise why not.
 
-        Waits for a probe's token, at most two seconds; not at all in the thread that delivers outputs.
+        Waits for a probe's token, at most a second and a half; not at all in the thread that delivers outputs.
         """
         keeper = self._keeper
         with keeper.changed:

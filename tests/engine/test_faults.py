@@ -217,7 +217,7 @@ def answer_probes(group: FakeGroup) -> threading.Event:
     return stop
 
 
-def test_an_idle_group_is_probed_once_a_second_and_nobody_counts_it(make: Make) -> None:
+def test_an_idle_group_is_probed_twice_a_second_and_nobody_counts_it(make: Make) -> None:
     client = make()
     stop = answer_probes(FakeGroup.all[0])
     try:
@@ -225,7 +225,7 @@ def test_an_idle_group_is_probed_once_a_second_and_nobody_counts_it(make: Make) 
         assert 1 <= len(FakeGroup.all[0].events) <= 3
         time.sleep(1.1)
         assert client.unhealthy_reason() is None
-        assert 2 <= len(FakeGroup.all[0].events) <= 5
+        assert 2 <= len(FakeGroup.all[0].events) <= 6
     finally:
         stop.set()
     assert [counts(client)[name] for name in ("generation_tokens_total", "time_to_first_token_seconds_count",
@@ -251,7 +251,7 @@ def test_a_probe_without_an_answer(make: Make) -> None:
         for asker in askers:
             asker.join()
         assert all("probe" in str(reason) for reason in reasons), reasons
-        assert 1.9 < time.monotonic() - start_s < 8
+        assert 1.4 < time.monotonic() - start_s < 8
         start_s = time.monotonic()
         assert "probe" in str(client.unhealthy_reason())
         assert time.monotonic() - start_s < 1  # known by now
