@@ -1,28 +1,29 @@
-"""Fairscale checkpoint → checkpoint folder (see `docs/convert.md`)."""
+"""Any checkpoint → a folder in one of four forms (see `docs/convert.md`)."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from tpserve.convert.checklist import read_checklist, verify_checklist
-from tpserve.convert.dcp_writer import ITEM_OVERHEAD_BYTES, N_CHUNKS, write_dcp
+from tpserve.convert.dcp_writer import ITEM_OVERHEAD_BYTES, write_dcp
 from tpserve.convert.errors import ConvertError
+from tpserve.convert.inputs import Input, bar, open_input
 from tpserve.convert.manifest import Manifest
 from tpserve.convert.output_folder import check_disk_space, check_out_dir, new_folder
-from tpserve.convert.shard_files import verify_shard
-from tpserve.convert.source import Source, open_source
-from tpserve.convert.tokenizer import TOKENIZER_FILE, Tokenizer, find_tokenizer
-from tpserve.model.checkpoint import MODEL_FILE, CheckpointInfo
+from tpserve.convert.tokenizer import TOKENIZER_FILE
+from tpserve.convert.write_hf import tokenizer_config, write_hf
+from tpserve.convert.write_meta import check_mp, write_meta
+from tpserve.convert.write_safetensors import write_layers
+from tpserve.model.checkpoint import FORMAT, MODEL_FILE, SAFETENSORS_FORMAT, CheckpointInfo
+from tpserve.model.safetensors_reader import N_CHUNKS
 
 LEGACY_ARGS_FILE = "model_args.json"
+FORMATS = ("dcp", "safetensors", "hf", "meta")
 _DTYPES = {
     "float32": torch.float32,
     "fp32": torch.float32,
@@ -40,20 +41,25 @@ def convert(
     dtype: str | None = None,
     progress: bool = True,
     *,
+    format: str = "dcp",
+    mp: int | None = None,
     model_parallel_size: int | None = None,
     legacy_args: Mapping[str, int] | None = None,
 ) -> Path:
-    """Converts Meta's Fairscale shards to the checkpoint folder that `tpserve.model.loader` reads.
+    """Converts a checkpoint, whatever its form, to a folder of the form that is asked for.
 
     Everything is checked before the first byte is written; `out_dir` appears complete or not at all.
 
     Args:
-        ckpt_dir: folder with `consolidated.NN.pth` and `params.json`; never written to.
+        ckpt_dir: the checkpoint, such as a folder with `consolidated.NN.pth` and `params.json`; never written to.
         out_dir: the new folder; must not exist or be empty.
-        tokenizer_path: SentencePiece model; None looks for `tokenizer.model` in `ckpt_dir` and its parent.
+        tokenizer_path: the tokenizer; None looks for it in `ckpt_dir` and its parent.
         dtype: float32, float16 or bfloat16 (or fp32, fp16, bf16); None keeps the embedding's.
         progress: show a bar with bytes and rate on stderr.
-        model_parallel_size: how many shards there must be; None takes what there is.
+        format: dcp and safetensors are what `tpserve.model.loader` reads, hf is what `transformers` reads, meta is
+            Meta's own.
+        mp: number of shards of `meta`; None: 1.
+        model_parallel_size: how many shards there must be in `ckpt_dir`; None takes what there is.
         legacy_args: when given, the old example's `model_args.json` is written too, with these fields in it.
 
     Returns:
@@ -65,68 +71,81 @@ def convert(
     source_dir, target = Path(ckpt_dir).absolute(), Path(out_dir).resolve()
     if dtype is not None and dtype not in _DTYPES:
         raise ConvertError(f"--dtype {dtype} is not known; choose float32, float16 or bfloat16")
+    if format not in FORMATS:
+        raise ConvertError(f"--format {format} is not known; choose one of {', '.join(FORMATS)}")
+    if mp is not None and format != "meta":
+        raise ConvertError(f"--mp is the number of Meta's shards; --format {format} loads at any number of ranks")
     try:
         check_out_dir(target)
-        sums = read_checklist(source_dir)
-        source = open_source(source_dir)
-        if model_parallel_size not in (None, len(source.shards)):
-            raise ConvertError(
-                f"--model_parallel_size is {model_parallel_size}, but {source_dir} holds {len(source.shards)} shards"
-            )
-        tokenizer = find_tokenizer(source_dir, Path(tokenizer_path) if tokenizer_path else None, source.args.vocab_size)
-        with _bar("checking md5", sum(f.stat().st_size for f in sums), progress and bool(sums)) as bar:
-            verify_checklist(sums, bar.update)
-        unlisted = [shard for shard in source.shards if shard.path not in sums]
-        unlisted_bytes = sum(shard.path.stat().st_size for shard in unlisted if shard.mapped)
-        with _bar("checking crc32", unlisted_bytes, progress and bool(unlisted)) as bar:
-            for shard in unlisted:
-                verify_shard(shard, bar.update)
+        source = open_input(source_dir, Path(tokenizer_path) if tokenizer_path else None, model_parallel_size, progress)
     except OSError as e:
         raise ConvertError(f"{e.filename or source_dir} cannot be read: {e.strerror}") from e
-    out_dtype = _DTYPES[dtype] if dtype else source.dtype
-    weight_bytes = sum(math.prod(t.shape) for t in source.tensors) * out_dtype.itemsize
-    overhead_bytes = ITEM_OVERHEAD_BYTES * (N_CHUNKS * len(source.tensors) + 1) + (
-        len(tokenizer.data) if tokenizer else 0
-    )
+    out_dtype, num_shards = _DTYPES[dtype] if dtype else source.dtype, mp or 1
+    if format == "meta":
+        check_mp(source.args, 1 if mp is None else mp)
+    copies = [num_shards if len(t.shape) == 1 else 1 for t in source.tensors]  # each of Meta's shards has the norms
+    sizes = [math.prod(t.shape) * out_dtype.itemsize for t in source.tensors]
+    weight_bytes = sum(size * n for size, n in zip(sizes, copies, strict=True))
+    items = len(source.tensors) * (num_shards if format == "meta" else N_CHUNKS) + 1
+    overhead_bytes = ITEM_OVERHEAD_BYTES * items + (len(source.tokenizer.data) if source.tokenizer else 0)
     check_disk_space(target, weight_bytes + overhead_bytes)
 
     with new_folder(target, weight_bytes + overhead_bytes) as folder:
         manifest = Manifest(folder)
-        with _bar("writing", weight_bytes, progress) as bar:
-            write_dcp(folder, source.tensors, out_dtype, manifest, bar.update)
-        if tokenizer:
-            manifest.write_bytes(TOKENIZER_FILE, tokenizer.data)
-        _checkpoint_info(source, out_dtype, tokenizer).write(folder)
-        manifest.add_written(MODEL_FILE)
+        if source.tokenizer:
+            manifest.write_bytes(TOKENIZER_FILE, source.tokenizer.data)
+        with bar("writing", weight_bytes, progress) as written:
+            _write(folder, format, source, out_dtype, num_shards, manifest, written.update)
         if legacy_args is not None:
             manifest.write_bytes(LEGACY_ARGS_FILE, _legacy_json(source, legacy_args))
         manifest.write()
     return target
 
 
-def _checkpoint_info(source: Source, dtype: torch.dtype, tokenizer: Tokenizer | None) -> CheckpointInfo:
-    return CheckpointInfo(
+def _write(
+    folder: Path,
+    format: str,
+    source: Input,
+    dtype: torch.dtype,
+    num_shards: int,
+    manifest: Manifest,
+    on_bytes: Callable[[int], object],
+) -> None:
+    tokenizer = source.tokenizer
+    ids = {
+        "bos_token_id": tokenizer.bos_token_id if tokenizer else None,
+        "eos_token_id": tokenizer.eos_token_id if tokenizer else None,
+    }
+    if format == "meta":
+        write_meta(folder, source.args, source.tensors, dtype, num_shards, manifest, on_bytes)
+        return
+    if format == "hf":
+        write_hf(folder, source.args, source.tensors, dtype, manifest, on_bytes, **ids)
+        if tokenizer:
+            manifest.write_bytes("tokenizer_config.json", tokenizer_config(tokenizer.data))
+        return
+    write = write_dcp if format == "dcp" else write_layers
+    write(folder, source.tensors, dtype, manifest, on_bytes)
+    info = CheckpointInfo(
         args=source.args,
         dtype=str(dtype).removeprefix("torch."),
         tokenizer=TOKENIZER_FILE if tokenizer else None,
-        bos_token_id=tokenizer.bos_token_id if tokenizer else None,
-        eos_token_id=tokenizer.eos_token_id if tokenizer else None,
-        source={"kind": "fairscale", "model_parallel_size": len(source.shards)},
+        source=source.origin,
+        format=FORMAT if format == "dcp" else SAFETENSORS_FORMAT,
+        **ids,
     )
+    info.write(folder)
+    manifest.add_written(MODEL_FILE)
 
 
-def _legacy_json(source: Source, legacy_args: Mapping[str, int]) -> bytes:
+def _legacy_json(source: Input, legacy_args: Mapping[str, int]) -> bytes:
     """The file that the TorchServe example's `model_args_path` named: its ModelArgs, with the real vocab_size."""
     defaults = {"n_kv_heads": None, "multiple_of": 256, "ffn_dim_multiplier": None, "norm_eps": 1e-5}
     fields = {
         **defaults,
         **source.params,
         "vocab_size": source.args.vocab_size,
-        "model_parallel_size": len(source.shards),
+        "model_parallel_size": source.num_shards,
         **legacy_args,
     }
     return (json.dumps(fields, indent=2) + "\n").encode()
-
-
-def _bar(what: str, total_bytes: int, shown: bool) -> tqdm[Any]:
-    return tqdm(None, desc=what, total=total_bytes, unit="B", unit_scale=True, unit_divisor=1024, disable=not shown)

@@ -23,33 +23,19 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from tpserve.convert.errors import ConvertError
 from tpserve.convert.manifest import HashedFile, Manifest
-from tpserve.convert.source_tensor import SourceTensor
-from tpserve.model.plan import chunk_bounds, tp_dim
+from tpserve.convert.weights import Weight, layer_of, read_slab
+from tpserve.model.safetensors_reader import stored_chunks
 
-N_CHUNKS = 8
 METADATA_FILE = ".metadata"
 _DCP_VERSION = "1.0.0"
 # Upper bound of what a torch.save stream and its entry in .metadata add to a chunk's own bytes.
 ITEM_OVERHEAD_BYTES = 4096
 
 
-def chunks(name: str, shape: tuple[int, ...]) -> tuple[int, list[tuple[int, int]]]:
-    """The dimension along which a parameter is cut for storage, and the half-open bounds of its chunks.
-
-    It is the dimension along which the parameter is split over ranks. Replicated matrices are cut along dimension 0,
-    only to bound memory; vectors are not cut.
-    """
-    dim = tp_dim(name)
-    if dim is not None:
-        return dim, chunk_bounds(shape[dim], N_CHUNKS)
-    return 0, chunk_bounds(shape[0], N_CHUNKS if len(shape) > 1 else 1)
-
-
 def write_dcp(
     folder: Path,
-    tensors: Iterable[SourceTensor],
+    tensors: Iterable[Weight],
     dtype: torch.dtype,
     manifest: Manifest,
     on_bytes: Callable[[int], object] = lambda n: None,
@@ -73,10 +59,10 @@ def write_dcp(
         file_name = f"{layer}.distcp"
         with HashedFile(folder / file_name) as file:
             for tensor in members:
-                dim, bounds = chunks(tensor.name, tensor.shape)
+                dim, bounds = stored_chunks(tensor.name, tensor.shape)
                 pieces = []
                 for index, (lo, hi) in enumerate(bounds):
-                    data = _read_chunk(tensor, dim, lo, hi, dtype)
+                    data = read_slab(tensor, dim, lo, hi, dtype)
                     offset = file.position
                     file.begin_chunk()
                     _torch_save(data, file)
@@ -98,20 +84,6 @@ def write_dcp(
         version=_DCP_VERSION,
     )
     manifest.write_bytes(METADATA_FILE, pickle.dumps(metadata))
-
-
-def layer_of(name: str) -> str:
-    """`layers.3.attention.wq.weight` → `layers.3`, `output.weight` → `output`: the stem of the file that holds it."""
-    parts = name.split(".")
-    return ".".join(parts[:2]) if parts[0] == "layers" else parts[0]
-
-
-def _read_chunk(tensor: SourceTensor, dim: int, lo: int, hi: int, dtype: torch.dtype) -> torch.Tensor:
-    data = tensor.read(dim, lo, hi, dtype)
-    # bfloat16 and float32 reach far beyond float16's 65504: rather stop than store infinities.
-    if dtype == torch.float16 and tensor.parts[0].dtype != dtype and not torch.isfinite(data).all():
-        raise ConvertError(f"{tensor.name} has values that float16 cannot hold; convert with --dtype bfloat16")
-    return data
 
 
 class _Sink:

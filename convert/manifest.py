@@ -24,14 +24,19 @@ class HashedFile:
 
     Attributes:
         position: bytes written so far.
-        crc32: of each chunk, by the position at which it begins.
+        crc32: of each chunk, by the position at which it begins; who writes a file may fill it in.
+
+    Args:
+        path: must not exist.
+        md5: compute the MD5, too.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, md5: bool = False) -> None:
         self.position = 0
         self.crc32: dict[int, int] = {}
         self._file = path.open("xb", buffering=0)
         self._hash = hashlib.sha256()
+        self._md5 = hashlib.md5(usedforsecurity=False) if md5 else None
         self._chunk: int | None = None  # where the present one began
 
     def __enter__(self) -> HashedFile:
@@ -51,6 +56,8 @@ class HashedFile:
         while written < len(view):
             written += self._file.write(view[written:]) or 0
         self._hash.update(view)
+        if self._md5 is not None:
+            self._md5.update(view)
         if self._chunk is not None:
             self.crc32[self._chunk] = zlib.crc32(view, self.crc32[self._chunk])
         self.position += written
@@ -64,6 +71,11 @@ class HashedFile:
     def hexdigest(self) -> str:
         """SHA-256 of what was written so far."""
         return self._hash.hexdigest()
+
+    def md5_hexdigest(self) -> str:
+        """MD5 of what was written so far."""
+        assert self._md5 is not None, "made without md5"
+        return self._md5.hexdigest()
 
 
 class Manifest:

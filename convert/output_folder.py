@@ -27,9 +27,9 @@ def check_out_dir(out_dir: Path) -> None:
     if not out_dir.exists():
         return
     if not out_dir.is_dir():
-        raise ConvertError(f"{out_dir} is a file; --out_dir must be a new or empty folder")
+        raise ConvertError(f"{out_dir} is a file; the output must be a new or empty folder")
     if any(out_dir.iterdir()):
-        raise ConvertError(f"{out_dir} is not empty; choose another --out_dir or remove it first")
+        raise ConvertError(f"{out_dir} is not empty; choose another folder (--to) or remove it first")
     if os.path.ismount(out_dir):
         raise ConvertError(f"{out_dir} is a mount point and cannot be renamed onto; choose a folder inside it")
 
@@ -42,7 +42,7 @@ def check_disk_space(out_dir: Path, needed_bytes: int) -> None:
     """
     said = _room(out_dir, needed_bytes)
     if _free_bytes(out_dir)[1] < needed_bytes:
-        raise ConvertError(f"{said}; free some space or choose another --out_dir")
+        raise ConvertError(f"{said}; free some space or choose another folder (--to)")
 
 
 def _free_bytes(out_dir: Path) -> tuple[Path, int]:

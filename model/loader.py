@@ -20,6 +20,7 @@ from tpserve.model.manifest import StoredManifest
 from tpserve.model.parallel import TensorParallel, shard
 from tpserve.model.plan import shares
 from tpserve.model.rope import rope_table
+from tpserve.model.safetensors_reader import open_reader
 from tpserve.model.slice_planner import SlicePlanner
 
 
@@ -154,7 +155,7 @@ def _open_reader(folder: Path, info: CheckpointInfo) -> MmapReader:
         CheckpointError: model.json, .metadata and manifest.json do not fit together, or to the files.
     """
     manifest = StoredManifest.read(folder)
-    reader = MmapReader(folder, manifest)
+    reader = open_reader(folder, manifest)
     stored = reader.read_metadata().state_dict_metadata
     # A nonsensical n_layers must not make a network of that size first.
     last = f"layers.{info.args.n_layers - 1}"

@@ -1,0 +1,146 @@
+"""A converted folder, DCP or safetensors, as something to convert from: any slab of any parameter."""
+
+from __future__ import annotations
+
+import dataclasses
+import mmap
+from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+
+from tpserve.convert.errors import ConvertError
+from tpserve.convert.layout import format_shape, global_shape, parameter_names
+from tpserve.model.args import ModelArgs
+from tpserve.model.checkpoint import MODEL_FILE, CheckpointError, CheckpointInfo
+from tpserve.model.dcp_reader import MmapReader, map_file
+from tpserve.model.manifest import StoredManifest
+from tpserve.model.safetensors_reader import open_reader
+
+
+class Files:
+    """The mapped files of a folder; every chunk is held against the manifest when it is first read."""
+
+    def __init__(self, folder: Path, reader: MmapReader) -> None:
+        self._folder, self._reader = folder, reader
+        self._maps: dict[str, mmap.mmap] = {}
+        self._checked: set[MetadataIndex] = set()
+
+    def copy(self, index: MetadataIndex, dim: int, lo: int, hi: int, out: torch.Tensor) -> None:
+        """Copies the slab [lo, hi) along `dim` of a stored chunk into `out`, and gives the file's pages back."""
+        where = self._reader.storage_data[index]
+        path = self._folder / where.relative_path
+        try:
+            if path.parent != self._folder or not path.is_file():  # nor a pipe that would be waited for
+                raise CheckpointError(f"{path} is no file of this checkpoint")
+            if path.name not in self._maps:
+                self._maps[path.name] = map_file(path)
+            data = self._maps[path.name]
+            if index not in self._checked:
+                self._reader.check(data, path, index)
+                self._checked.add(index)
+            out.copy_(self._reader.view(data, index).narrow(dim, lo, hi - lo))
+        except CheckpointError as e:
+            raise ConvertError(str(e)) from None
+        except Exception as e:  # noqa: BLE001 - a damaged file can make the readers of zip files raise anything
+            reason = next(iter(str(e).splitlines()), "") or type(e).__name__
+            raise ConvertError(f"{path} is missing or damaged ({reason})") from None
+        data.madvise(mmap.MADV_DONTNEED)
+
+
+@dataclasses.dataclass(frozen=True)
+class DcpTensor:
+    """One parameter of a converted folder.
+
+    Attributes:
+        name: Meta's name.
+        shape: of the whole parameter.
+        stored: as DCP's metadata describe it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    stored: TensorStorageMetadata
+    _files: Files
+
+    def read(self, dim: int, lo: int, hi: int, dtype: torch.dtype) -> torch.Tensor:
+        """Copies the slab [lo, hi) along `dim` into a new contiguous tensor of `dtype`.
+
+        Raises:
+            ConvertError: a file is missing or damaged; the message names it.
+        """
+        sizes = list(self.shape)
+        sizes[dim] = hi - lo
+        out, filled = torch.empty(sizes, dtype=dtype), 0
+        for i, chunk in enumerate(self.stored.chunks):
+            first, size = chunk.offsets[dim], chunk.sizes[dim]
+            begin, end = max(lo, first), min(hi, first + size)
+            if begin >= end:
+                continue
+            target = out
+            for d, (offset, length) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
+                target = target.narrow(d, begin - lo, end - begin) if d == dim else target.narrow(d, offset, length)
+            self._files.copy(MetadataIndex(self.name, chunk.offsets, i), dim, begin - first, end - first, target)
+            filled += target.numel()
+        if filled != out.numel():
+            raise ConvertError(f"the checkpoint's files hold only a part of {self.name}; convert it again")
+        return out
+
+
+@dataclasses.dataclass(frozen=True)
+class DcpSource:
+    """A converted folder.
+
+    Attributes:
+        info: its model.json.
+        tensors: every parameter, in the order in which it is written.
+        folder: where it lies.
+    """
+
+    info: CheckpointInfo
+    tensors: tuple[DcpTensor, ...]
+    folder: Path
+
+    @property
+    def args(self) -> ModelArgs:
+        """The network's numbers."""
+        return self.info.args
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the stored weights."""
+        dtype: torch.dtype = getattr(torch, self.info.dtype)
+        return dtype
+
+
+def open_dcp(folder: Path) -> DcpSource:
+    """Opens a folder that `convert` wrote (DCP or safetensors); no weight is read.
+
+    Raises:
+        ConvertError: the folder is not one, or its files do not fit together; the message names the file.
+    """
+    try:
+        info = CheckpointInfo.read(folder)
+        manifest = StoredManifest.read(folder)
+        reader = open_reader(folder, manifest)
+        metadata = reader.read_metadata()
+        manifest.check_files()
+    except CheckpointError as e:
+        raise ConvertError(str(e)) from None
+    reader.set_up_storage_reader(metadata, is_coordinator=True)
+    files, stored, tensors = Files(folder, reader), metadata.state_dict_metadata, []
+    for name in parameter_names(info.args.n_layers):
+        tensor = stored.get(name)
+        if not isinstance(tensor, TensorStorageMetadata):  # also ends a nonsensical n_layers
+            raise ConvertError(f"{folder} lacks {name}, which {MODEL_FILE} speaks of")
+        shape = global_shape(name, info.args)
+        if tuple(tensor.size) != shape or str(tensor.properties.dtype) != f"torch.{info.dtype}":
+            raise ConvertError(
+                f"{folder}: {name} is {format_shape(tuple(tensor.size))} {tensor.properties.dtype}, but {MODEL_FILE} "
+                f"makes it {format_shape(shape)} {info.dtype}"
+            )
+        tensors.append(DcpTensor(name, shape, tensor, files))
+    if len(stored) != len(tensors):
+        extra = next(name for name in stored if name not in {t.name for t in tensors})
+        raise ConvertError(f"{folder} holds {extra}, which {MODEL_FILE} does not describe")
+    return DcpSource(info, tuple(tensors), folder)
