@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from tpserve.convert.errors import ConvertError
+from tpserve.convert.kinds import Kind
 from tpserve.convert.layout import (
     EMBEDDING,
     FAIRSCALE_DIM,
@@ -19,27 +20,42 @@ from tpserve.convert.layout import (
 from tpserve.convert.shard_files import Shard, find_shards, open_shard
 from tpserve.convert.sniff import download_leftover
 from tpserve.convert.source_tensor import SourceTensor
+from tpserve.convert.weights import Weight
 from tpserve.model.args import ModelArgs, ModelArgsError, read_params_json
+from tpserve.model.checkpoint import CheckpointInfo
 from tpserve.model.plan import parameter_kind
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A checked checkpoint.
+    """A checked checkpoint of any kind, in Meta's layout.
 
     Attributes:
-        args: the network's numbers.
-        params: `params.json` as it stands.
+        info: what `describe` says of it: shape, dtype, tokenizer, where the weights come from.
         tensors: every parameter, in the order in which it is written.
-        dtype: of the embedding, and so of the model.
-        shards: the opened files, in rank order.
+        kind: what the files are.
+        tokenizer_files: that say how text becomes tokens, the main one first.
+        params: Meta's `params.json` as it stands; empty for other kinds.
+        shards: Meta's files, opened, in rank order; none for other kinds.
     """
 
-    args: ModelArgs
-    params: dict[str, object]
-    tensors: tuple[SourceTensor, ...]
-    dtype: torch.dtype
-    shards: tuple[Shard, ...]
+    info: CheckpointInfo
+    tensors: tuple[Weight, ...]
+    kind: Kind
+    tokenizer_files: tuple[Path, ...] = ()
+    params: dict[str, object] = dataclasses.field(default_factory=dict)
+    shards: tuple[Shard, ...] = ()
+
+    @property
+    def args(self) -> ModelArgs:
+        """The network's numbers."""
+        return self.info.args
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the embedding, and so of the model."""
+        dtype: torch.dtype = getattr(torch, self.info.dtype)
+        return dtype
 
 
 def open_source(ckpt_dir: Path) -> Source:
@@ -62,7 +78,13 @@ def open_source(ckpt_dir: Path) -> Source:
     for shard in shards:
         _check_names(shard, args)
     tensors = tuple(_join(name, shards, args, embedding_dim) for name in parameter_names(args.n_layers))
-    return Source(args, params, tensors, shards[0].tensors[EMBEDDING].dtype, tuple(shards))
+    info = plain_info(args, shards[0].tensors[EMBEDDING].dtype, Kind.META)
+    return Source(info, tensors, Kind.META, params=params, shards=tuple(shards))
+
+
+def plain_info(args: ModelArgs, dtype: torch.dtype, kind: Kind) -> CheckpointInfo:
+    """What is known of a checkpoint before its tokenizer is looked for."""
+    return CheckpointInfo(args, str(dtype).removeprefix("torch."), source={"kind": kind.value})
 
 
 def _read_params(path: Path) -> dict[str, object]:

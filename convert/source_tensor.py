@@ -58,10 +58,10 @@ class SourceTensor:
             block = part[first : first + rows]
             out[first : first + rows].copy_(block)
             if self.mapped:
-                _release_pages(block)
+                release_pages(block)
 
 
-def _release_pages(view: torch.Tensor) -> None:
+def release_pages(view: torch.Tensor) -> None:
     """Drops the pages under a view of a file mapping from this process; the page cache keeps them.
 
     Safe only for mappings that were never written to: a written private page would lose its content.

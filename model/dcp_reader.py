@@ -45,6 +45,9 @@ _ALLOWED_NAMES = {
         )
     ),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    # What torch before 2.3 called the tensor's properties; the old TorchServe example's folders hold them.
+    ("torch.distributed._shard.sharded_tensor.metadata", "TensorProperties"),
+    ("torch.distributed._shard.sharded_tensor.metadata", "MEM_FORMAT_ENCODING"),
     ("torch", "Size"),
     ("torch", "device"),
     ("torch.serialization", "_get_layout"),

@@ -27,8 +27,10 @@ from tpserve.model.slice_planner import SlicePlanner
 class WeightTensor(Protocol):
     """A whole parameter in somebody's files, in Meta's layout."""
 
-    name: str
-    shape: tuple[int, ...]
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
 
     def read(self, dim: int, lo: int, hi: int, dtype: torch.dtype) -> torch.Tensor:
         """Copies the slab [lo, hi) along `dim`."""
