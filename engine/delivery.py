@@ -13,7 +13,7 @@ from tpserve.engine.keeper import GroupKeeper
 from tpserve.engine.limits import check_room
 from tpserve.engine.metrics import EngineMetrics
 from tpserve.engine.protocol import Cancel, Event, Outputs, Ready, RequestOutput
-from tpserve.engine.suspects import Suspects
+from tpserve.engine.suspects import Suspects, deaths_to_condemn
 from tpserve.model.args import ModelArgs
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class Delivery:
 
     def __init__(self, config: EngineConfig, args: ModelArgs, metrics: EngineMetrics) -> None:
         self._metrics = metrics
-        self.suspects = Suspects(config.max_num_seqs)
+        self.suspects = Suspects(config.max_num_seqs, deaths_to_condemn(config.max_restarts))
         self.requests = Requests(metrics, self.suspects)
         self.keeper = GroupKeeper(config, args, metrics, self)
         self.health = Health(self.keeper, lambda: not len(self.requests))

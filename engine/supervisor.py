@@ -197,7 +197,7 @@ def _command(config: EngineConfig, folder: Path) -> list[str]:
         "--max-restarts 0 --monitor-interval 0.1"
     ).split()
     launcher = [sys.executable, "-m", "tpserve.engine.launch", str(os.getpid())]
-    return [*launcher, *torchrun, "-m", RankGroup.worker, str(folder)]
+    return [*launcher, *torchrun, "-m", "tpserve.engine.rank", RankGroup.worker, str(folder)]
 
 
 def _environment(config: EngineConfig) -> dict[str, str]:

@@ -3,8 +3,8 @@
 A *life* is one rank group from ready to its end. A request is *unproven* in a life until its first token there. When a
 group dies, whatever was unproven is suspected: those with a token in this life have shown that they can run, for a
 replay computes again what they had. Suspects are then given to the next group one at a time, each when nobody else is
-unproven, so that a further death has one possible author. Its third death in a row condemns a request that was the
-only suspect.
+unproven, so that a further death has one possible author. Its third death in a row (see `deaths_to_condemn`) condemns
+a request that was the only suspect.
 """
 
 from __future__ import annotations
@@ -13,7 +13,20 @@ import dataclasses
 import math
 
 MAX_DEATHS = 3
+MOST_DEATHS = 6
 MAX_TRIAL_S = 5.0
+
+
+def deaths_to_condemn(max_restarts: int) -> int:
+    """How many deaths in a row condemn a request.
+
+    Where groups are expected to die of other things, and often, coincidences are expected, too: who runs long without
+    a token, as a beam search does, is met by them again and again.
+
+    Args:
+        max_restarts: of the group; not every death may be waited for.
+    """
+    return min(max(MAX_DEATHS, max_restarts), MOST_DEATHS)
 
 
 @dataclasses.dataclass(frozen=True)

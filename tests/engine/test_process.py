@@ -68,3 +68,26 @@ def test_a_parent_that_would_live_on_goes_with_the_grandparent(how: str) -> None
     finally:
         for pid in filter(is_running, pids):
             os.kill(pid, signal.SIGKILL)
+
+
+LAUNCHER = """
+import os, subprocess, sys
+from tpserve.engine.process import LAUNCHER_PID
+command = [sys.executable, "-u", "-m", "tpserve.engine.rank", "timeit", "-n1", "-r1"]
+command.append("import os, time; print(os.getpid(), flush=True); time.sleep(60)")
+subprocess.run(command, env={**os.environ, LAUNCHER_PID: str(os.getpid())})
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux for it")
+def test_a_rank_dies_with_its_launcher_whatever_it_is_doing() -> None:
+    """A module that knows nothing of it stands for one that is still importing."""
+    with subprocess.Popen([sys.executable, "-c", LAUNCHER], stdout=subprocess.PIPE, text=True) as launcher:
+        assert launcher.stdout is not None
+        rank = int(launcher.stdout.readline())
+        assert is_running(rank)
+        launcher.kill()
+    deadline_s = time.monotonic() + 10
+    while is_running(rank) and time.monotonic() < deadline_s:
+        time.sleep(0.02)
+    assert not is_running(rank)

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from tpserve.engine.suspects import Condemned, Suspects
+from tpserve.engine.suspects import Condemned, Suspects, deaths_to_condemn
 
 
 class World:
@@ -254,3 +254,15 @@ def test_every_order_of_events_ends_with_everybody_served() -> None:
             now_s += 6.0
             send(suspects.due(now_s))
         assert sent == set(flying)
+
+
+@pytest.mark.parametrize(("max_restarts", "deaths"), [(0, 3), (3, 3), (5, 5), (1000, 6)])
+def test_who_expects_many_deaths_expects_coincidences(max_restarts: int, deaths: int) -> None:
+    assert deaths_to_condemn(max_restarts) == deaths
+    suspects = Suspects(64, deaths_to_condemn(max_restarts))
+    said = []
+    for _ in range(deaths):
+        suspects.born({"a": 0}, 0.0)
+        suspects.due(0.0)
+        said.append(suspects.died())
+    assert said == [None] * (deaths - 1) + [Condemned("a", deaths)]
