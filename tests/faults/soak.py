@@ -1,9 +1,9 @@
 """`python -m tests.faults.soak --minutes 30 --clients 16 --front serve`: clients stream while ranks die and hang.
 
-As soon as the server serves again, the next fault comes; a third of them wait until a standby group waits as well.
-Every answer is compared with what the same request got before the first fault. A machine that is too busy for so many
-faults in the time goes on until there were enough. Exit status 1: a request was lost or got other tokens, or something
-was left over.
+As soon as the server serves again, the next fault comes: a third of them at the first token, a third when every client
+has had one, a third when a standby group waits as well. Every answer is compared with what the same request got before
+the first fault. A machine that is too busy for so many faults in the time goes on until there were enough. Exit status
+1: a request was lost or got other tokens, or something was left over.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from tests.faults.fronts import NAMES, Front, demo, start
@@ -27,8 +28,7 @@ from tests.faults.strikes import KINDS, Outcome, readiness, strike, until
 from tests.faults.tables import quantile, table, write
 
 _WEIGHTS = (6, 6, 3, 3, 3, 2, 1, 1)  # of KINDS
-_WARM = 1 / 3
-_WARM_WAIT_S = 30.0
+_WAIT_S = 30.0
 
 
 def soak(front: Front, minutes: float, num_faults: int, num_clients: int, seed: int) -> dict[str, Any]:
@@ -42,17 +42,20 @@ def soak(front: Front, minutes: float, num_faults: int, num_clients: int, seed: 
     _say(f"undisturbed: {len(bodies)} answers, twice the same; {before}")
     outcomes: list[Outcome] = []
     trouble: list[str] = []
+    told = 0
     clients = Clients(front, bodies, expected, num_clients)
     began_s = time.monotonic()
     ends_s = began_s + 60 * minutes
     with readiness(front) as asking:
         while time.monotonic() < ends_s or len(outcomes) < num_faults:
-            if rng.random() < _WARM:
-                deadline_s = time.monotonic() + _WARM_WAIT_S
-                while front.standby is None and time.monotonic() < deadline_s:
-                    time.sleep(0.1)
-            else:
-                time.sleep(rng.random())
+            back_s = time.monotonic()
+            match rng.randrange(3):
+                case 0:
+                    time.sleep(rng.random())
+                case 1:
+                    _wait(lambda: min(clients.heard_s) > back_s)  # noqa: B023
+                case 2:
+                    _wait(lambda: front.standby)
             (kind,) = rng.choices(KINDS, _WEIGHTS)
             try:
                 outcomes.append(strike(front, kind, asking, lambda: clients.last_token_s))
@@ -65,8 +68,9 @@ def soak(front: Front, minutes: float, num_faults: int, num_clients: int, seed: 
                 f"{len(outcomes)}: {kind}, {'warm' if one.warm else 'cold'}: denied {_s(one.unready_s)}, granted "
                 f"{_s(one.ready_s)}, token {_s(one.token_s)}; {clients.completions} right, {len(clients.wrong)} wrong"
             )
-            for line in clients.wrong[-3:]:
+            for line in clients.wrong[told:]:
                 _say(line)
+            told = len(clients.wrong)
     took_s = time.monotonic() - began_s
     hanging = clients.stop()
     trouble += [f"{hanging} clients hang"] * bool(hanging)
@@ -94,6 +98,12 @@ def soak(front: Front, minutes: float, num_faults: int, num_clients: int, seed: 
         "after": after,
         "rows": _rows(outcomes),
     }
+
+
+def _wait(condition: Callable[[], object]) -> None:
+    deadline_s = time.monotonic() + _WAIT_S
+    while not condition() and time.monotonic() < deadline_s:
+        time.sleep(0.1)
 
 
 def _counts(front: Front) -> dict[str, float]:

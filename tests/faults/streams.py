@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import http.client
 import json
 import random
@@ -150,6 +151,7 @@ class Clients:
         tokens: of theirs.
         wrong: what was not.
         last_token_s: when any token came last, on the monotonic clock.
+        heard_s: when each client was last told anything.
     """
 
     def __init__(self, front: Front, bodies: list[dict[str, Any]], expected: list[Told], count: int) -> None:
@@ -157,6 +159,7 @@ class Clients:
         self.completions = self.tokens = 0
         self.wrong: list[str] = []
         self.last_token_s = time.monotonic()
+        self.heard_s = [0.0] * count
         self._stopping = threading.Event()
         self._lock = threading.Lock()
         self._threads = [threading.Thread(target=self._run, args=(i,), daemon=True) for i in range(count)]
@@ -176,7 +179,7 @@ class Clients:
         while not self._stopping.is_set():
             which = rng.randrange(len(self._bodies))
             try:
-                told = ask(self._front, self._bodies[which], self._heard)
+                told = ask(self._front, self._bodies[which], functools.partial(self._heard, number))
                 trouble = None if told == self._expected[which] else _difference(told, self._expected[which])
             except (WrongError, OSError, http.client.HTTPException, ValueError) as e:
                 trouble, told = repr(e), None
@@ -188,9 +191,9 @@ class Clients:
                     self.wrong.append(f"{time.strftime('%H:%M:%S')} request {which} ({self._bodies[which]}): {trouble}")
                     time.sleep(0.2)
 
-    def _heard(self, line: dict[str, Any]) -> None:
+    def _heard(self, number: int, line: dict[str, Any]) -> None:
         if line.get("ids"):
-            self.last_token_s = time.monotonic()
+            self.last_token_s = self.heard_s[number] = time.monotonic()
 
 
 def _difference(told: Told, expected: Told) -> str:
