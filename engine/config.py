@@ -35,6 +35,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         device: "auto" (CUDA where there is one), "cuda" or "cpu".
         dtype: of weights and activations: "auto" (the checkpoint's; float32 on a CPU), "float32", "float16" or
             "bfloat16".
+        quantization: of the blocks' weights, when they are loaded: None, "int8", "int4" or "fp8".
+        kv_cache_dtype: "auto" (as activations) or "fp8" (float8_e4m3fn: half the bytes, twice the tokens).
         max_seq_len: longest prompt plus output, in tokens.
         max_num_seqs: sequences that may run at once.
         max_num_batched_tokens: tokens of one step, decode and prefill together.
@@ -69,6 +71,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     load_format: str = "auto"
     device: str = "auto"
     dtype: str = "auto"
+    quantization: str | None = None
+    kv_cache_dtype: str = "auto"
     max_seq_len: int = 2048
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
@@ -103,6 +107,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise ConfigError(f"device must be auto, cuda or cpu, got {self.device!r}")
         if self.dtype not in ("auto", "float32", "float16", "bfloat16"):
             raise ConfigError(f"dtype must be auto, float32, float16 or bfloat16, got {self.dtype!r}")
+        if self.quantization not in (None, "int8", "int4", "fp8"):
+            raise ConfigError(f"quantization must be int8, int4 or fp8, got {self.quantization!r}")
+        if self.kv_cache_dtype not in ("auto", "fp8"):
+            raise ConfigError(f"kv_cache_dtype must be auto or fp8, got {self.kv_cache_dtype!r}")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "

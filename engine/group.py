@@ -30,6 +30,7 @@ from tpserve.model.kv_cache import PagedKVCache, bytes_per_block
 from tpserve.model.loader import LoadedModel, load_model
 from tpserve.model.network import Network, choose_network
 from tpserve.model.parallel import TensorParallel, num_kv_heads
+from tpserve.model.quantized import quantize, weight_bytes
 
 _CPU_KV_CACHE_BYTES = 1 << 30
 
@@ -140,7 +141,12 @@ def _load(
         raise
     except ValueError as e:
         raise ConfigError(str(e)) from None
-    logger.info("weights: %.1f MB in %.2f s", loaded.bytes_read / 1e6, time.monotonic() - started_s)
+    if config.quantization is not None:
+        quantize(loaded.model, config.quantization)
+    logger.info(
+        "weights: %.1f MB in %.2f s, %.1f MB here",
+        loaded.bytes_read / 1e6, time.monotonic() - started_s, weight_bytes(loaded.model) / 1e6,
+    )  # fmt: skip
     num_blocks = _num_blocks(config, loaded)
     needed = -(-config.max_seq_len // config.block_size)
     if num_blocks < needed:
@@ -181,16 +187,20 @@ def _cache(config: EngineConfig, loaded: LoadedModel, num_blocks: int) -> PagedK
         config.block_size,
         kv_heads,
         args.head_dim,
-        dtype=loaded.dtype,
+        dtype=_cache_dtype(config, loaded),
         device=loaded.device,
     )
+
+
+def _cache_dtype(config: EngineConfig, loaded: LoadedModel) -> torch.dtype:
+    return torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else loaded.dtype
 
 
 def _num_blocks(config: EngineConfig, loaded: LoadedModel) -> int:
     """Blocks of the KV cache: as configured, or what memory allows; the smallest answer of all ranks."""
     args, size = loaded.info.args, config.block_size
     block_bytes = bytes_per_block(
-        args.n_layers, size, num_kv_heads(args, loaded.tp), args.head_dim, loaded.dtype
+        args.n_layers, size, num_kv_heads(args, loaded.tp), args.head_dim, _cache_dtype(config, loaded)
     )
     wanted = config.max_num_seqs * -(-config.max_seq_len // size)
     if config.num_kv_blocks is not None:

@@ -115,8 +115,8 @@ class PagedAttention:
         if not self._prepared:
             self._prepare()
         k_cache, v_cache = self._cache.k[layer], self._cache.v[layer]
-        k_cache[self._new_slots_T] = k_TKE
-        v_cache[self._new_slots_T] = v_TKE
+        k_cache[self._new_slots_T] = k_TKE.to(k_cache.dtype)  # which may be float8
+        v_cache[self._new_slots_T] = v_TKE.to(v_cache.dtype)
         out_THE = torch.empty_like(q_THE)
         if self._num_decodes:
             rows = slice(0, self._num_decodes)
@@ -126,8 +126,8 @@ class PagedAttention:
         return out_THE
 
     def _decode(self, q_SHE: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> torch.Tensor:
-        k_SKLE = k_cache[self._decode_slots_SL].transpose(1, 2)
-        v_SKLE = v_cache[self._decode_slots_SL].transpose(1, 2)
+        k_SKLE = k_cache[self._decode_slots_SL].to(q_SHE.dtype).transpose(1, 2)
+        v_SKLE = v_cache[self._decode_slots_SL].to(q_SHE.dtype).transpose(1, 2)
         # The G query heads of a key/value head see the same keys: they can stand where queries of a sequence would.
         q_SKGE = q_SHE.view(q_SHE.shape[0], k_SKLE.shape[1], -1, q_SHE.shape[-1])
         out_SKGE = F.scaled_dot_product_attention(q_SKGE, k_SKLE, v_SKLE, attn_mask=self._decode_mask_S11L)
@@ -136,7 +136,7 @@ class PagedAttention:
 
 def _attend_one(q_QHE: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, p: _Prefill) -> torch.Tensor:
     q_HQE = q_QHE.transpose(0, 1)[None]
-    k_KLE, v_KLE = k_cache[p.slots_L].transpose(0, 1)[None], v_cache[p.slots_L].transpose(0, 1)[None]
+    k_KLE, v_KLE = (cache[p.slots_L].to(q_QHE.dtype).transpose(0, 1)[None] for cache in (k_cache, v_cache))
     out = F.scaled_dot_product_attention(
         q_HQE, k_KLE, v_KLE, attn_mask=p.mask_QL, is_causal=p.mask_QL is None, enable_gqa=True
     )

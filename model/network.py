@@ -25,6 +25,7 @@ from tpserve.model.decoder import FusedDecoder
 from tpserve.model.kv_cache import PagedKVCache
 from tpserve.model.llama import Llama
 from tpserve.model.parallel import TensorParallel
+from tpserve.model.quantized import is_quantized
 
 # Smaller models stay in the processor's caches, and a step is made of launches.
 WORTH_COMPILING_BYTES = 64 << 20
@@ -216,6 +217,8 @@ def choose_network(
     graphs: bool,
 ) -> Network:
     """The fastest network that is wanted and that this machine, type and shape have."""
+    if is_quantized(model) or cache.k[0].dtype != model.output.weight.dtype:
+        return PlainNetwork(model, cache, tokens_RL, tables_RB)
     if fused and importlib.util.find_spec("triton") and FusedDecoder.supports(model, tokens_RL.device):
         return FusedNetwork(model, cache, tokens_RL, tables_RB, tp, max_num_seqs=max_num_seqs, graphs=graphs)
     large = sum(weight.nbytes for weight in model.parameters()) >= WORTH_COMPILING_BYTES

@@ -1,0 +1,100 @@
+"""Fewer bits: what a layer computes is what its numbers say, and how far those are from the weight."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers.data import shared_data
+from tests.helpers.stories import converted, tokenizer
+from tpserve.model.attention import PagedAttention, SequenceSlice
+from tpserve.model.kv_cache import PagedKVCache
+from tpserve.model.loader import LoadedModel, load_model
+from tpserve.model.quantized import (
+    SCHEMES,
+    Float8Linear,
+    Int4Linear,
+    Int8Linear,
+    is_quantized,
+    quantize,
+    weight_bytes,
+)
+
+
+def layers(n: int, k: int) -> dict[str, tuple[torch.Tensor, Int8Linear | Int4Linear | Float8Linear]]:
+    torch.manual_seed(n + k)
+    weight = torch.randn(n, k) * torch.rand(n, 1)
+    weight[3] = 0
+    return {
+        "int8": (weight, Int8Linear(weight)),
+        "int4": (weight, Int4Linear(weight, 32)),
+        "fp8": (weight, Float8Linear(weight)),
+    }
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize(("n", "k"), [(32, 64), (64, 160), (24, 96), (7, 32)])  # torch's products take the first only
+def test_a_layer_computes_with_the_numbers_it_keeps(scheme: str, n: int, k: int) -> None:
+    weight, layer = layers(n, k)[scheme]
+    kept = layer.dequantized()
+    assert kept.shape == weight.shape
+    assert not kept[3].any()
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.02)):
+        for tokens in (1, 5, 33):
+            x = torch.randn(tokens, k).to(dtype)
+            y, expected = layer(x), x.float() @ kept.t()
+            assert y.dtype == dtype
+            limit = 0.08 if scheme == "fp8" and dtype == torch.bfloat16 else tolerance  # activations are float8, too
+            assert (y.float() - expected).norm() <= limit * expected.norm()
+
+
+def test_how_far_the_numbers_are_from_the_weight() -> None:
+    made = layers(48, 256)
+    weight = made["int8"][0]
+    step = weight.abs().amax(1, keepdim=True) / 127
+    assert ((made["int8"][1].dequantized() - weight).abs() <= step * 0.501).all()
+    grouped = weight.view(48, -1, 32)
+    step = (grouped.amax(-1, keepdim=True) - grouped.amin(-1, keepdim=True)) / 15
+    assert ((made["int4"][1].dequantized().view_as(grouped) - grouped).abs() <= step * 0.51 + 1e-6).all()
+    error = (made["fp8"][1].dequantized() - weight).abs()  # three bits of mantissa, and a smallest number
+    assert (error <= weight.abs() / 15 + weight.abs().amax(1, keepdim=True) / 448 * 2**-9).all()
+
+
+def nll(loaded: LoadedModel, kv_dtype: torch.dtype) -> float:
+    """Mean negative log-likelihood of the sample stories, in nats a token."""
+    args, total, count = loaded.info.args, 0.0, 0
+    text = shared_data("text") / "tinystories_sample_5stories.txt"
+    for story in text.read_text().split("<|endoftext|>"):
+        tokens = torch.tensor(tokenizer().encode(story.strip(), bos=True, eos=False)[:512])
+        if len(tokens) < 2:
+            continue
+        n = len(tokens) - 1
+        cache = PagedKVCache(
+            args.n_layers, -(-n // 16), 16, args.n_kv_heads, args.head_dim, dtype=kv_dtype, device=loaded.device
+        )
+        positions, table = torch.arange(n), torch.arange(-(-n // 16))[None]
+        attend = PagedAttention(cache, table, torch.zeros_like(positions), positions, [], [SequenceSlice(0, n)])
+        with torch.inference_mode():
+            logits = loaded.model(tokens[:-1], positions, attend)
+        total += torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="sum").item()
+        count += n
+    return total / count
+
+
+def test_a_real_model_keeps_its_quality(tmp_path: Path) -> None:
+    folder = converted(tmp_path)
+    exact = load_model(folder, dtype=torch.float32)
+    whole_bytes = weight_bytes(exact.model)
+    reference = nll(exact, torch.float32)
+    assert reference == pytest.approx(1.266, abs=5e-4)
+    assert nll(exact, torch.float8_e4m3fn) == pytest.approx(reference, abs=0.06)
+    # 260,000 parameters forgive less than seven billion do.
+    for scheme, limit, share in (("int8", 0.004, 0.45), ("int4", 0.12, 0.55), ("fp8", 0.03, 0.45)):
+        loaded = load_model(folder, dtype=torch.float32)
+        quantize(loaded.model, scheme)
+        assert is_quantized(loaded.model)
+        assert weight_bytes(loaded.model) < share * whole_bytes
+        loss = nll(loaded, torch.float32) - reference
+        assert abs(loss) < limit, f"{scheme}: {loss:+.4f} nats a token"
