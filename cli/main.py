@@ -10,18 +10,46 @@ import fire
 from tpserve.engine.errors import TpserveError
 
 
-def convert(ckpt_dir: str, out_dir: str, tokenizer_path: str | None = None, dtype: str | None = None) -> None:
-    """Turns a Meta (Fairscale) checkpoint into the folder that tpserve loads at any tensor-parallel size.
+@fire.decorators.SetParseFns(**dict.fromkeys(("ckpt_dir", "out_dir", "tokenizer_path", "dtype", "format"), str))  # type: ignore[untyped-decorator]
+def convert(
+    ckpt_dir: str,
+    out_dir: str,
+    tokenizer_path: str | None = None,
+    dtype: str | None = None,
+    format: str = "dcp",
+    mp: int | None = None,
+) -> None:
+    """Turns any Llama checkpoint into a folder of another form: tpserve convert --from X --to Y [--format …].
 
     Args:
-        ckpt_dir: folder with consolidated.NN.pth and params.json.
-        out_dir: folder to make; must not exist.
-        tokenizer_path: SentencePiece model; default: tokenizer.model in or above ckpt_dir.
+        ckpt_dir: the checkpoint, such as a folder with consolidated.NN.pth and params.json; also --from.
+        out_dir: folder to make; must not exist or be empty; also --to.
+        tokenizer_path: the tokenizer; default: the one in or above ckpt_dir.
         dtype: float32, float16 or bfloat16; default: the source's.
+        format: dcp or safetensors (loaded at any tensor-parallel size), hf (for `transformers`), meta.
+        mp: number of Meta's shards, of --format meta; default 1.
     """
     from tpserve.convert.convert import convert
 
-    print(convert(ckpt_dir, out_dir, tokenizer_path, dtype))
+    print(convert(ckpt_dir, out_dir, tokenizer_path, dtype, format=format, mp=mp))
+
+
+@fire.decorators.SetParseFns(**dict.fromkeys(("repo", "to", "revision", "include"), str))  # type: ignore[untyped-decorator]
+def download(repo: str, to: str, revision: str | None = None, include: str | None = None) -> None:
+    """Downloads from the Hugging Face Hub what a Llama needs: weights (safetensors first), tokenizer, configuration.
+
+    It goes on where an interrupted download stopped, and checks every file. A gated or private repository wants a
+    token: set HF_TOKEN, or run `hf auth login`.
+
+    Args:
+        repo: such as meta-llama/Llama-3.1-8B-Instruct.
+        to: folder to make; must not exist or be empty.
+        revision: branch, tag or commit; default: main.
+        include: pattern of the weights' names where there are several forms: "*Q4_K_M.gguf", "original/*.pth".
+    """
+    from tpserve.convert.download import download
+
+    print(download(repo, to, revision, include))
 
 
 def archive(checkpoint: str, **options: Any) -> None:
@@ -113,8 +141,20 @@ def main() -> None:
             from tpserve.handler.torchserve_command import run
 
             sys.exit(run(sys.argv[2:]))
-        commands = {"convert": convert, "archive": archive, "demo": demo, "serve": serve, "torchserve": torchserve}
-        fire.Fire(commands, _join_repeated(sys.argv[1:], "api_key"), name="tpserve")
+        commands = {
+            "convert": convert,
+            "download": download,
+            "archive": archive,
+            "demo": demo,
+            "serve": serve,
+            "torchserve": torchserve,
+        }
+        arguments = _join_repeated(sys.argv[1:], "api_key")
+        if arguments[:1] == ["convert"]:
+            from tpserve.convert.__main__ import with_old_names
+
+            arguments = with_old_names(arguments)
+        fire.Fire(commands, arguments, name="tpserve")
     except (TpserveError, ConvertError, ModelArgsError, CheckpointError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)

@@ -1,4 +1,4 @@
-"""`python -m tpserve.convert`: converts Meta's Fairscale shards; see `docs/convert.md`."""
+"""`python -m tpserve.convert`: converts checkpoints; see `docs/convert.md`."""
 
 from __future__ import annotations
 
@@ -9,28 +9,46 @@ import fire
 from tpserve.convert.convert import convert
 from tpserve.convert.errors import ConvertError
 
+# `from` is a word of Python's, so no parameter can be called so.
+_ALIASES = {"--from": "--ckpt_dir", "--to": "--out_dir"}
 
-def run(ckpt_dir: str, out_dir: str, tokenizer_path: str | None = None, dtype: str | None = None) -> None:
-    """Converts Meta's consolidated.NN.pth shards to a checkpoint folder that loads at any tensor-parallel size.
+
+def run(
+    ckpt_dir: str,
+    out_dir: str,
+    tokenizer_path: str | None = None,
+    dtype: str | None = None,
+    format: str = "dcp",
+    mp: int | None = None,
+) -> None:
+    """Converts a checkpoint, whatever its form, to a folder that loads at any tensor-parallel size.
 
     Args:
-        ckpt_dir: folder with consolidated.NN.pth and params.json.
-        out_dir: the new folder; must not exist or be empty.
-        tokenizer_path: tokenizer.model; looked for in ckpt_dir and its parent when not given.
+        ckpt_dir: the checkpoint, such as a folder with consolidated.NN.pth and params.json; also --from.
+        out_dir: the new folder; must not exist or be empty; also --to.
+        tokenizer_path: the tokenizer; looked for in ckpt_dir and its parent when not given.
         dtype: float32, float16 or bfloat16; the checkpoint's own when not given.
+        format: dcp, safetensors (both are served), hf (for `transformers`) or meta (consolidated.NN.pth).
+        mp: number of shards of meta; 1 when not given.
     """
     try:
-        folder = convert(ckpt_dir, out_dir, tokenizer_path, dtype)
+        folder = convert(ckpt_dir, out_dir, tokenizer_path, dtype, format=format, mp=mp)
     except ConvertError as e:
         sys.stderr.write(f"error: {e}\n")
         raise SystemExit(2) from None
     sys.stderr.write(f"converted to {folder}\n")
 
 
+def with_old_names(arguments: list[str]) -> list[str]:
+    """The arguments with `--from` and `--to` as the parameters are called."""
+    return [_ALIASES.get(name, name) + equals + value for name, equals, value in (a.partition("=") for a in arguments)]
+
+
 def main() -> None:
     """Entry point: reads the flags as text, so that a folder named `7` stays a name."""
-    as_text = fire.decorators.SetParseFns(ckpt_dir=str, out_dir=str, tokenizer_path=str, dtype=str)
-    fire.Fire(as_text(run), name="tpserve convert")
+    texts = ("ckpt_dir", "out_dir", "tokenizer_path", "dtype", "format")
+    as_text = fire.decorators.SetParseFns(**dict.fromkeys(texts, str))
+    fire.Fire(as_text(run), with_old_names(sys.argv[1:]), name="tpserve convert")
 
 
 if __name__ == "__main__":
