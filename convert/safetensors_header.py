@@ -117,7 +117,7 @@ def _entry(path: Path, name: str, entry: Any, start: int, data_bytes: int) -> En
         sizes = all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 1 << 48 for n in (*shape, begin, end))
     except (KeyError, TypeError, ValueError):
         raise ConvertError(f"{path}: the entry of {name[:200]} is damaged; download it again") from None
-    if dtype not in _ITEM_BYTES or not sizes or len(shape) > 8:
+    if not isinstance(dtype, str) or dtype not in _ITEM_BYTES or not sizes or len(shape) > 8:
         raise ConvertError(f"{path}: {name[:200]} is {dtype!r} {list(shape)[:8]}, which is not known")
     if end - begin != math.prod(shape) * _ITEM_BYTES[dtype] or not 0 <= begin <= end:
         raise ConvertError(f"{path}: the entry of {name[:200]} contradicts itself; download it again")
