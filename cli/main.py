@@ -52,6 +52,28 @@ def download(repo: str, to: str, revision: str | None = None, include: str | Non
     print(download(repo, to, revision, include))
 
 
+@fire.decorators.SetParseFns(checkpoint=str, against=str)  # type: ignore[untyped-decorator]
+def verify(checkpoint: str, against: str | None = None, tp: int = 1) -> None:
+    """Checks a checkpoint: sums, shapes, finite weights, and the logits of a probe text; exit status 1: it differs.
+
+    Args:
+        checkpoint: a folder of any form, or a .gguf file.
+        against: the checkpoint that it was made from: numbers, weights and logits are compared.
+        tp: a group of so many processes is compared with one.
+    """
+    from pathlib import Path
+
+    from tpserve.convert.verify import verify
+
+    good = verify(
+        Path(checkpoint),
+        Path(against) if against else None,
+        tp,
+        lambda found: print(("ok  " if found.ok else "BAD ") + found.text, flush=True),
+    )
+    sys.exit(0 if good else 1)
+
+
 def archive(checkpoint: str, **options: Any) -> None:
     """Packs a converted checkpoint for TorchServe with torch-model-archiver.
 
@@ -144,6 +166,7 @@ def main() -> None:
         commands = {
             "convert": convert,
             "download": download,
+            "verify": verify,
             "archive": archive,
             "demo": demo,
             "serve": serve,

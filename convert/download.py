@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 from huggingface_hub import HfApi, get_hf_file_metadata, get_token, hf_hub_url
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.file_download import http_get
-from huggingface_hub.utils import build_hf_headers
+from huggingface_hub.utils._headers import build_hf_headers
 
 from tpserve.convert.errors import ConvertError
 from tpserve.convert.hub_files import HubFile, choose_files

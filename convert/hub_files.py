@@ -58,7 +58,7 @@ def choose_files(repo: str, files: Iterable[HubFile], include: str | None = None
     """
     by_path = {file.path: file for file in files if file.name not in ("", ".", "..")}
     if include is not None:
-        folder, patterns = include.rpartition("/")[0], (include,)
+        folder = include.rpartition("/")[0]
         weights = [path for path in by_path if fnmatchcase(path, include)]
         folder += "/" if folder else ""
     else:

@@ -11,14 +11,14 @@ import torch
 from tqdm import tqdm
 
 from tpserve.convert.checklist import read_checklist, verify_checklist
-from tpserve.convert.dcp_source import open_dcp
 from tpserve.convert.errors import ConvertError
+from tpserve.convert.kinds import Kind, kind_of
+from tpserve.convert.open_any import open_any
 from tpserve.convert.shard_files import verify_shard
 from tpserve.convert.source import open_source
 from tpserve.convert.tokenizer import Tokenizer, find_tokenizer
 from tpserve.convert.weights import Weight
 from tpserve.model.args import ModelArgs
-from tpserve.model.checkpoint import MODEL_FILE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ def open_input(folder: Path, tokenizer_path: Path | None, num_shards: int | None
     """Finds out what a folder is, opens it, and holds its files against the sums that came with them.
 
     Args:
-        folder: of the checkpoint.
+        folder: of the checkpoint, or a .gguf file.
         tokenizer_path: None looks for one.
         num_shards: how many of Meta's shards there must be; None takes what there is.
         progress: show bars on stderr.
@@ -57,11 +57,11 @@ def open_input(folder: Path, tokenizer_path: Path | None, num_shards: int | None
         ConvertError: the checkpoint is not usable; the message names the file and the key.
         OSError: of the disk.
     """
-    if (folder / MODEL_FILE).exists():
-        converted = open_dcp(folder)  # whose chunks are checked as they are read
-        tokenizer = find_tokenizer(folder, tokenizer_path, converted.args.vocab_size)
-        return Input(converted.args, converted.dtype, converted.tensors, tokenizer, converted.info.source, {}, 1)
     sums = read_checklist(folder)
+    if kind_of(folder) is not Kind.META:
+        other = open_any(folder)  # our own chunks are checked as they are read
+        tokenizer = find_tokenizer(folder, tokenizer_path, other.args.vocab_size)
+        return Input(other.args, other.dtype, other.tensors, tokenizer, other.info.source, {}, 1)
     source = open_source(folder)
     found = len(source.shards)
     if num_shards not in (None, found):
@@ -74,7 +74,7 @@ def open_input(folder: Path, tokenizer_path: Path | None, num_shards: int | None
     with bar("checking crc32", unlisted_bytes, progress and bool(unlisted)) as checked:
         for shard in unlisted:
             verify_shard(shard, checked.update)
-    origin = {"kind": "fairscale", "model_parallel_size": found}
+    origin = {"kind": Kind.META.value, "model_parallel_size": found}
     return Input(source.args, source.dtype, source.tensors, tokenizer, origin, source.params, found)
 
 
