@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tpserve.bench.guided import BROKEN, GRAMMARS
+from tpserve.engine.text.load import load_tokenizer
 from tpserve.engine.text.tokenizer import PieceKind, Tokenizer
 
 Mask = NDArray[np.int32]
@@ -70,10 +71,7 @@ class Xgrammar:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         xgrammar: Any = import_module("xgrammar")  # no dependency of this package
-        spelled = [
-            text.encode() if kind is PieceKind.TEXT else bytes([byte]) if kind is PieceKind.BYTE else b""
-            for kind, text, byte in tokenizer.pieces
-        ]
+        spelled = [text.encode() if kind is PieceKind.TEXT else data for kind, text, data in tokenizer.pieces]
         info = xgrammar.TokenizerInfo(
             spelled, xgrammar.VocabType.RAW, vocab_size=tokenizer.vocab_size, stop_token_ids=[tokenizer.eos_id]
         )
@@ -98,7 +96,7 @@ class Xgrammar:
 
 def main(name: str, tokenizer_file: str, broken: str = "") -> None:
     """Prints the figures of one library as JSON, or what it makes of one broken grammar."""
-    tokenizer = Tokenizer(Path(tokenizer_file))
+    tokenizer = load_tokenizer(Path(tokenizer_file))
     before_mib, started = _rss_mib(), time.perf_counter()
     __import__("tpserve.engine.guided" if name == "llguidance" else name)
     figures: dict[str, Any] = {
@@ -165,7 +163,7 @@ def _outcome(library: Library, kind: str, grammar: str) -> str:
 def _spell(tokenizer: Tokenizer, text: str) -> list[int]:
     """Longest pieces first; both libraries get the same ids, whatever they think of a first piece's space."""
     pieces = {piece: i for i, (kind, piece, _) in enumerate(tokenizer.pieces) if kind is PieceKind.TEXT}
-    bytes_of = {byte: i for i, (kind, _, byte) in enumerate(tokenizer.pieces) if kind is PieceKind.BYTE}
+    bytes_of = {data[0]: i for i, (kind, _, data) in enumerate(tokenizer.pieces) if kind is PieceKind.BYTES}
     ids: list[int] = []
     while text:
         length = next((n for n in range(tokenizer.max_piece_chars, 0, -1) if text[:n] in pieces), 0)

@@ -57,7 +57,7 @@ def build(config: EngineConfig, device: torch.device, tp: TensorParallel) -> Eng
     cache = PagedKVCache(0, num_blocks, config.block_size, 1, 1, dtype=torch.float32, device=device)
     network = StubNetwork(vocab_size)
     runner = ModelRunner(lambda _tokens, _tables: network, vocab_size, device, cache, config)
-    return EngineCore(config, CoreShape(num_blocks, config.max_seq_len, None, vocab_size), runner, tp.rank)
+    return EngineCore(config, CoreShape(num_blocks, config.max_seq_len, (), vocab_size), runner, tp.rank)
 
 
 if __name__ == "__main__":

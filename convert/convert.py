@@ -15,8 +15,8 @@ from tpserve.convert.errors import ConvertError
 from tpserve.convert.inputs import Input, bar, open_input
 from tpserve.convert.manifest import Manifest
 from tpserve.convert.output_folder import check_disk_space, check_out_dir, new_folder
-from tpserve.convert.tokenizer import TOKENIZER_FILE
-from tpserve.convert.write_hf import tokenizer_config, write_hf
+from tpserve.convert.tokenizer_out import hugging_face_files
+from tpserve.convert.write_hf import write_hf
 from tpserve.convert.write_meta import check_mp, write_meta
 from tpserve.convert.write_safetensors import write_layers
 from tpserve.model.checkpoint import FORMAT, MODEL_FILE, SAFETENSORS_FORMAT, CheckpointInfo
@@ -87,13 +87,17 @@ def convert(
     sizes = [math.prod(t.shape) * out_dtype.itemsize for t in source.tensors]
     weight_bytes = sum(size * n for size, n in zip(sizes, copies, strict=True))
     items = len(source.tensors) * (num_shards if format == "meta" else N_CHUNKS) + 1
-    overhead_bytes = ITEM_OVERHEAD_BYTES * items + (len(source.tokenizer.data) if source.tokenizer else 0)
+    overhead_bytes = ITEM_OVERHEAD_BYTES * items + sum(
+        map(len, source.tokenizer.files.values()) if source.tokenizer else ()
+    )
     check_disk_space(target, weight_bytes + overhead_bytes)
 
     with new_folder(target, weight_bytes + overhead_bytes) as folder:
         manifest = Manifest(folder)
         if source.tokenizer:
-            manifest.write_bytes(TOKENIZER_FILE, source.tokenizer.data)
+            files = hugging_face_files(source.tokenizer) if format == "hf" else source.tokenizer.files
+            for name, content in files.items():
+                manifest.write_bytes(name, content)
         with bar("writing", weight_bytes, progress) as written:
             _write(folder, format, source, out_dtype, num_shards, manifest, written.update)
         if legacy_args is not None:
@@ -116,22 +120,22 @@ def _write(
         "bos_token_id": tokenizer.bos_token_id if tokenizer else None,
         "eos_token_id": tokenizer.eos_token_id if tokenizer else None,
     }
+    ends = tokenizer.eos_token_ids if tokenizer else ()
     if format == "meta":
         write_meta(folder, source.args, source.tensors, dtype, num_shards, manifest, on_bytes)
         return
     if format == "hf":
-        write_hf(folder, source.args, source.tensors, dtype, manifest, on_bytes, **ids)
-        if tokenizer:
-            manifest.write_bytes("tokenizer_config.json", tokenizer_config(tokenizer.data))
+        write_hf(folder, source.args, source.tensors, dtype, manifest, on_bytes, **ids, eos_token_ids=ends)
         return
     write = write_dcp if format == "dcp" else write_layers
     write(folder, source.tensors, dtype, manifest, on_bytes)
     info = CheckpointInfo(
         args=source.args,
         dtype=str(dtype).removeprefix("torch."),
-        tokenizer=TOKENIZER_FILE if tokenizer else None,
+        tokenizer=tokenizer.name if tokenizer else None,
         source=source.origin,
         format=FORMAT if format == "dcp" else SAFETENSORS_FORMAT,
+        eos_token_ids=ends,
         **ids,
     )
     info.write(folder)

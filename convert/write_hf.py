@@ -64,6 +64,7 @@ def write_hf(
     *,
     bos_token_id: int | None = None,
     eos_token_id: int | None = None,
+    eos_token_ids: Sequence[int] = (),
     max_seq_len: int | None = None,
 ) -> None:
     """Writes the weights and the configuration; the tokenizer's files are the caller's.
@@ -76,6 +77,7 @@ def write_hf(
         manifest: is told of every file.
         on_bytes: called with the size of every block once it is written.
         bos_token_id, eos_token_id: None: there is none.
+        eos_token_ids: all that end a turn, where there are more.
         max_seq_len: positions the model was trained for; None: those of its generation.
 
     Raises:
@@ -103,7 +105,8 @@ def write_hf(
     ids = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
     config = hf_config(args, dtype, tied, max_seq_len) | ids
     _write_json(manifest, "config.json", config)
-    _write_json(manifest, "generation_config.json", {name: i for name, i in ids.items() if i is not None})
+    ends = {"eos_token_id": list(eos_token_ids)} if len(eos_token_ids) > 1 else {}
+    _write_json(manifest, "generation_config.json", {n: i for n, i in (ids | ends).items() if i is not None})
 
 
 def hf_config(args: ModelArgs, dtype: torch.dtype, tied: bool, max_seq_len: int | None = None) -> dict[str, Any]:

@@ -31,13 +31,13 @@ class CoreShape:
     Attributes:
         num_blocks: KV blocks of every rank.
         max_seq_len: longest sequence that is served, in tokens.
-        eos_token_id: of the tokenizer; None without one.
+        eos_token_ids: that end a turn; empty without a tokenizer.
         vocab_size: of the logits.
     """
 
     num_blocks: int
     max_seq_len: int
-    eos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
     vocab_size: int
 
 
@@ -209,7 +209,7 @@ class EngineCore:
             event.prompt_token_ids,
             event.params,
             max_seq_len=self.shape.max_seq_len,
-            eos_token_id=self.shape.eos_token_id,
+            eos_token_ids=self.shape.eos_token_ids,
             output_token_ids=choice.output_token_ids,
             index=choice.index,
             seed=choice_seed(event.params.seed or 0, choice.index),

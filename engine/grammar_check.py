@@ -25,7 +25,7 @@ import msgspec
 from tpserve.engine.errors import EngineError, RequestError
 from tpserve.engine.guided import Grammars
 from tpserve.engine.sampling_params import Guided
-from tpserve.engine.text.tokenizer import Tokenizer
+from tpserve.engine.text.load import load_tokenizer
 
 # The largest schema that we know of, with 2,000 properties, takes 0.3 s and 20 MB.
 MAX_CPU_S = 2.0
@@ -186,7 +186,7 @@ def _write(pipe: IO[bytes], message: bytes) -> None:
 
 
 def _main(tokenizer: str, vocab_size: str) -> None:
-    grammars = Grammars(Tokenizer(Path(tokenizer)), int(vocab_size), cached=1)
+    grammars = Grammars(load_tokenizer(Path(tokenizer)), int(vocab_size), cached=1)
     if sys.platform.startswith("linux"):
         limit = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + MAX_BYTES
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

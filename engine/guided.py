@@ -31,7 +31,7 @@ _LIMITS = LLParserLimits(
     max_grammar_size=200_000, verbose_errors=False,
 )  # fmt: skip
 # What one advance was, for `rollback`.
-_TOKEN, _DROPPED_SPACE, _EOS = 0, 1, 2
+_TOKEN, _DROPPED_SPACE, _END = 0, 1, 2
 
 
 class Grammars:
@@ -115,8 +115,8 @@ class Matcher:
         if not (0 <= token_id < self._vocabulary.size and _has(self._mask(), token_id)):
             return False
         what = _TOKEN
-        if token_id == self._vocabulary.eos_id:
-            what = _EOS
+        if token_id in self._vocabulary.end_ids:
+            what = _END
         elif self._at_start and token_id == self._vocabulary.space_id:
             what = _DROPPED_SPACE
         else:
@@ -142,7 +142,7 @@ class Matcher:
     def fill_mask(self, words: NDArray[np.int32]) -> None:
         """Writes the tokens that may follow.
 
-        EOS is among them exactly when the answer may end here; it is the only one when nothing else may follow.
+        What ends a turn is among them exactly when the answer may end here, and alone when nothing else may follow.
 
         Args:
             words: [ceil(V/32)]; bit v % 32 of word v // 32 becomes 1 if token v is allowed.
@@ -153,11 +153,11 @@ class Matcher:
     def finished(self) -> bool:
         """The answer is complete and nothing more may follow, or `error` says why it cannot be completed.
 
-        Without an EOS id (-1) this alone ends an answer, and one that may end but may also go on goes on.
+        In a model without an EOS this alone ends an answer, and one that may end but may also go on goes on.
         """
         if self._ended:
             return True
-        return not bool((self._mask() & ~self._vocabulary.only_eos).any())
+        return not bool((self._mask() & ~self._vocabulary.only_end).any())
 
     @property
     def error(self) -> str | None:
@@ -168,7 +168,7 @@ class Matcher:
 
     @property
     def _ended(self) -> bool:
-        return bool(self._history) and self._history[-1] == _EOS
+        return bool(self._history) and self._history[-1] == _END
 
     @property
     def _at_start(self) -> bool:
@@ -184,15 +184,15 @@ class Matcher:
         """int32 [ceil(V/32)]"""
         vocabulary, inner = self._vocabulary, self._inner
         if self._ended or inner.is_stopped():
-            return vocabulary.only_eos
+            return vocabulary.only_end
         library_words = np.zeros((vocabulary.library.vocab_size + 31) // 32, dtype=np.int32)
         inner.unsafe_compute_mask_ptr(library_words.ctypes.data, library_words.nbytes)
         if inner.is_error():
-            return vocabulary.only_eos
+            return vocabulary.only_end
         mask = vocabulary.first(library_words, not self._history) if self._at_start else vocabulary.later(library_words)
         if not mask.any():
-            return vocabulary.only_eos
-        return mask | vocabulary.only_eos if inner.is_accepting() else mask
+            return vocabulary.only_end
+        return mask | vocabulary.only_end if inner.is_accepting() else mask
 
 
 def _has(mask: NDArray[np.int32], token_id: int) -> bool:

@@ -22,6 +22,7 @@ MAX_MULTIPLE = 10_000  # least common multiple of a schema's multipleOf, in unit
 # Between JSON tokens at most one space, or a line break and an indentation of at most 16: enough for how people and
 # models write JSON, and no answer runs on for ever in white space.
 _WHITESPACE = r"( |\n {0,16})"
+_NOT_UTF8 = frozenset((0xC0, 0xC1, *range(0xF5, 0x100)))
 # Without this the library allows, where only one text is possible, only the tokens of one way to spell it.
 _HEADER = '%llguidance {"no_forcing": true}\n'
 
@@ -34,10 +35,10 @@ class Vocabulary:
     Attributes:
         size: n, ids below it have a piece.
         library: the tokenizer object of the library.
-        eos_id: -1: there is none.
+        end_ids: that end an answer; empty: there are none.
         space_id: the piece that is one space and as the first one contributes nothing; -1: no such piece.
         aliases: piece with a leading space → the library's id of it without.
-        only_eos: the mask of EOS alone; nothing without an EOS.
+        only_end: the mask of these alone; nothing without any.
         strips_all_spaces: as the tokenizer's.
     """
 
@@ -45,14 +46,14 @@ class Vocabulary:
         pieces = tokenizer.pieces[:vocab_size]
         self.size = len(pieces)
         self._num_words = (vocab_size + 31) // 32
-        self.eos_id = tokenizer.eos_id if tokenizer.eos_id < self.size else -1
+        self.end_ids = frozenset(i for i in tokenizer.end_ids if i < self.size)
         self.strips_all_spaces = tokenizer.strips_all_spaces
         self.space_id = -1
         self.aliases: dict[int, int] = {}
         # No bytes: never allowed. That holds for control pieces, the unknown one, and bytes that UTF-8 lacks (the
         # library marks its own special tokens with 0xFF).
         spelled = [b""] * self.size
-        for token_id, (kind, text, byte) in enumerate(pieces):
+        for token_id, (kind, text, data) in enumerate(pieces):
             if kind is PieceKind.TEXT:
                 spelled[token_id] = text.encode()
                 if tokenizer.strips_first_space and text == " ":
@@ -60,15 +61,15 @@ class Vocabulary:
                 elif tokenizer.strips_first_space and text.startswith(" "):
                     self.aliases[token_id] = len(spelled)
                     spelled.append(text[1:].encode())
-            elif kind is PieceKind.BYTE and byte not in (0xC0, 0xC1) and byte < 0xF5:
-                spelled[token_id] = bytes([byte])
+            elif kind is PieceKind.BYTES and not _NOT_UTF8.intersection(data):
+                spelled[token_id] = data
         self.library = LLTokenizer(TokenizerWrapper(_Spelled([*spelled, b"end"])))
         self._with_space = np.fromiter(self.aliases.keys(), dtype=np.int64)
         self._without_space = np.fromiter(self.aliases.values(), dtype=np.int64)
-        self.only_eos = self._pack(np.arange(self.size) == self.eos_id)
+        self.only_end = self._pack(np.isin(np.arange(self.size), [*self.end_ids]))
 
     def later(self, library_words: NDArray[np.int32]) -> NDArray[np.int32]:
-        """int32 [ceil(V/32)] of the library's mask, without EOS."""
+        """int32 [ceil(V/32)] of the library's mask, without what ends."""
         mask = np.zeros(self._num_words, dtype=np.int32)
         used = (self.size + 31) // 32
         mask[:used] = library_words[:used]

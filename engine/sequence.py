@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from tpserve.engine.block_pool import ROOT, BlockHash, block_hash
@@ -58,7 +59,7 @@ class Sequence:
         params: SamplingParams,
         *,
         max_seq_len: int,
-        eos_token_id: int | None,
+        eos_token_ids: Collection[int],
         output_token_ids: list[int] | None = None,
         index: int = 0,
         seed: int = 0,
@@ -70,7 +71,7 @@ class Sequence:
         self.params, self.seed = params, seed
         self.max_tokens = min(self.num_prompt_tokens + params.max_new_tokens, max_seq_len)
         # A grammar's end is EOS: it must count.
-        eos = () if eos_token_id is None or (params.ignore_eos and params.guided is None) else (eos_token_id,)
+        eos = () if params.ignore_eos and params.guided is None else eos_token_ids
         self.stop_token_ids = frozenset((*params.stop_token_ids, *eos))
         self.key = (*key, index)
         self.num_pending = 0

@@ -14,12 +14,12 @@ from typing import Any, Protocol
 
 from tpserve.engine.errors import ConfigError, RequestError
 from tpserve.engine.limits import too_long
-from tpserve.engine.text.chat import SPECIAL_TAGS, encode_dialog
+from tpserve.engine.text.chat import LLAMA3_TOKENS, SPECIAL_TAGS, encode_llama2, encode_llama3, has_llama3_tokens
 from tpserve.engine.text.tokenizer import TextEncoder, Tokenizer
 from tpserve.handler.chat_messages import Message, read_messages
 from tpserve.handler.jinja_template import JinjaTemplate
 
-LLAMA2, LLAMA3 = "llama2", "llama3"
+LLAMA2, LLAMA3, CHECKPOINT = "llama2", "llama3", "checkpoint"
 _TOOL_PREFIX = "Tool result:\n"
 
 
@@ -34,7 +34,7 @@ class ChatTemplate:
     """A model's chat template.
 
     Attributes:
-        name: "llama2", "llama3", or the file's name.
+        name: "llama2", "llama3", "checkpoint" (its own), or the file's name.
         encoder: the template itself.
         max_piece_chars: no token is made from more characters.
         max_seq_len: tokens that the context holds; None: not known.
@@ -89,7 +89,7 @@ class ChatTemplate:
 
 
 class _Llama2:
-    """`[INST]`: see `encode_dialog`. Neighbours of one role become one turn; a tool's result is the user's."""
+    """`[INST]`: see `encode_llama2`. Neighbours of one role become one turn; a tool's result is the user's."""
 
     def __init__(self, tokenizer: TextEncoder) -> None:
         self._tokenizer = tokenizer
@@ -116,38 +116,36 @@ class _Llama2:
             turns.append((role, text))
         if turns[-1][0] != "user":
             raise RequestError(f"{messages[-1].where}, the last message, must be a user's or a tool's", field)
-        return encode_dialog(self._tokenizer, turns)
+        return encode_llama2(self._tokenizer, turns)
 
 
 class _Llama3:
-    """Headers, as `ChatFormat` of meta-llama/llama3 writes them; a tool is `ipython` there, as in Llama 3.1."""
+    """Headers: see `encode_llama3`; a tool is `ipython` there, as in Llama 3.1."""
 
     def __init__(self, tokenizer: TextEncoder) -> None:
         self._tokenizer = tokenizer
-        self._begin = self._special("<|begin_of_text|>")
-        self._start, self._end = self._special("<|start_header_id|>"), self._special("<|end_header_id|>")
-        self._eot = self._special("<|eot_id|>")
+        for name in LLAMA3_TOKENS:
+            if tokenizer.special_id(name) is None:
+                raise ConfigError(f"chat_template: llama3 needs the token {name}, which this model's tokenizer lacks")
 
     def __call__(self, messages: Sequence[Message], field: str, max_chars: int) -> list[int]:
-        ids = [self._begin]
-        for message in messages:
-            ids += self._header("ipython" if message.role == "tool" else message.role)
-            ids += [*self._text(message.text.strip()), self._eot]
-        return ids + self._header("assistant")
-
-    def _header(self, role: str) -> list[int]:
-        return [self._start, *self._text(role), self._end, *self._text("\n\n")]
-
-    def _text(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, bos=False, eos=False)
-
-    def _special(self, name: str) -> int:
-        found = self._tokenizer.special_id(name)
-        if found is None:
-            raise ConfigError(f"chat_template: llama3 needs the token {name}, which this model's tokenizer lacks")
-        return found
+        roles = ["ipython" if message.role == "tool" else message.role for message in messages]
+        turns = zip(roles, [message.text for message in messages], strict=True)
+        return encode_llama3(self._tokenizer, list(turns))
 
 
 def default_template(tokenizer: Tokenizer | None) -> ChatTemplate | None:
-    """What a model has whose operator said nothing."""
-    return None if tokenizer is None else ChatTemplate.load(LLAMA2, tokenizer)
+    """What a model has whose operator said nothing: its checkpoint's own, else the one its control tokens are for.
+
+    Raises:
+        ConfigError: the checkpoint's is no template that can be served.
+    """
+    if tokenizer is None:
+        return None
+    if tokenizer.chat_template is None:
+        return ChatTemplate.load(LLAMA3 if has_llama3_tokens(tokenizer) else LLAMA2, tokenizer)
+    try:
+        encoder = JinjaTemplate(tokenizer.chat_template, tokenizer)
+    except ConfigError as e:
+        raise ConfigError(f"the checkpoint's own chat template: {e}; name another: handler: chat_template") from None
+    return ChatTemplate(CHECKPOINT, encoder, tokenizer.max_piece_chars)

@@ -29,7 +29,7 @@ class HandlerConfig:
     Attributes:
         engine: of the rank group.
         defaults: for requests that do not say.
-        tokenizer: a SentencePiece model; None: the checkpoint folder's own.
+        tokenizer: a file that `load_tokenizer` reads; None: the checkpoint folder's own.
         chat_template: see `ChatTemplate.load`; None: the yaml does not say.
         continuous_batching: TorchServe calls us as a mailbox; without it, in whole batches.
         device_ids: GPUs that the yaml names for this model.

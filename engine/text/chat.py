@@ -1,6 +1,8 @@
-"""Llama-2's chat template: `[INST] … [/INST]`, the system prompt folded into the first user turn.
+"""Meta's chat templates.
 
-Token for token as `chat_completion` of meta-llama/llama: BOS and EOS around every finished turn, BOS before the last.
+Llama-2's: `[INST] … [/INST]`, the system prompt folded into the first user turn; token for token as `chat_completion`
+of meta-llama/llama: BOS and EOS around every finished turn, BOS before the last. Llama-3's: a header a message, as
+`ChatFormat` of meta-llama/llama3 writes them.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ B_INST, E_INST = "[INST]", "[/INST]"
 B_SYS, E_SYS = "<<SYS>>", "<</SYS>>"
 SPECIAL_TAGS = (B_INST, E_INST, B_SYS, E_SYS)
 ROLES = ("system", "user", "assistant")
+LLAMA3_TOKENS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 
 
 def check_dialog(dialog: object, field: str = "dialog") -> list[tuple[str, str]]:
@@ -44,8 +47,34 @@ def check_dialog(dialog: object, field: str = "dialog") -> list[tuple[str, str]]
     return messages
 
 
+def has_llama3_tokens(tokenizer: TextEncoder) -> bool:
+    """Whether Llama-3's template can be written in this tokenizer."""
+    return all(tokenizer.special_id(name) is not None for name in LLAMA3_TOKENS)
+
+
 def encode_dialog(tokenizer: TextEncoder, messages: Sequence[tuple[str, str]]) -> list[int]:
-    """Token ids of a dialog that `check_dialog` passed."""
+    """Token ids of a dialog that `check_dialog` passed, in Llama-3's template where its control tokens are there."""
+    encode = encode_llama3 if has_llama3_tokens(tokenizer) else encode_llama2
+    return encode(tokenizer, messages)
+
+
+def encode_llama3(tokenizer: TextEncoder, messages: Sequence[tuple[str, str]]) -> list[int]:
+    """Token ids of messages in any order; `tokenizer` has Llama-3's control tokens."""
+    special = [tokenizer.special_id(name) for name in LLAMA3_TOKENS]
+    begin, start, end, eot = (token_id for token_id in special if token_id is not None)
+
+    def header(role: str) -> list[int]:
+        role_ids, blank = (tokenizer.encode(text, bos=False, eos=False) for text in (role, "\n\n"))
+        return [start, *role_ids, end, *blank]
+
+    ids = [begin]
+    for role, content in messages:
+        ids += [*header(role), *tokenizer.encode(content.strip(), bos=False, eos=False), eot]
+    return ids + header("assistant")
+
+
+def encode_llama2(tokenizer: TextEncoder, messages: Sequence[tuple[str, str]]) -> list[int]:
+    """Token ids of a dialog whose roles are in turn."""
     turns = [content for _, content in messages]
     if messages[0][0] == "system":
         system, first, *rest = turns

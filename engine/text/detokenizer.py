@@ -1,18 +1,19 @@
 """Ids to text as they arrive, a constant amount of work a token.
 
 Decoding the whole sequence again for every token would cost O(n²) a request, and cutting its text at any token would
-tear multi-byte characters. So text is built from the pieces by SentencePiece's own rules.
+tear multi-byte characters. So text is built from the pieces: by SentencePiece's own rules, or, where tokens are any
+bytes, as these bytes' UTF-8.
 """
 
 from __future__ import annotations
 
+import codecs
 import copy
 from collections.abc import Iterable
 
-from tpserve.engine.text.tokenizer import PieceKind, Tokenizer
+from tpserve.engine.text.tokenizer import NO_PIECE, PieceKind, Tokenizer
 
 REPLACEMENT = "\ufffd"
-_NO_PIECE = (PieceKind.INVISIBLE, "", 0)
 
 
 class IncrementalDetokenizer:
@@ -24,6 +25,7 @@ class IncrementalDetokenizer:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._pieces = tokenizer.pieces
+        self._joins_bytes = tokenizer.joins_bytes
         self._strips_first_space = tokenizer.strips_first_space
         self._strips_all_spaces = tokenizer.strips_all_spaces
         self._at_start = True  # leading spaces are still to be dropped
@@ -40,13 +42,15 @@ class IncrementalDetokenizer:
         out: list[str] = []
         for token_id in ids:
             # Rows that only pad the model's vocabulary have no piece.
-            kind, text, byte = self._pieces[token_id] if token_id < len(self._pieces) else _NO_PIECE
-            if kind is PieceKind.BYTE:
+            kind, text, data = self._pieces[token_id] if token_id < len(self._pieces) else NO_PIECE
+            if kind is PieceKind.BYTES:
                 self._at_start = False
-                self._held.append(byte)
+                self._held += data
                 self._take_complete(out)
                 continue
-            self._give_up(out)  # any other piece, even an invisible one, ends a run of bytes
+            if kind is PieceKind.INVISIBLE and self._joins_bytes:
+                continue
+            self._give_up(out)  # in SentencePiece even an invisible one ends a run of bytes
             if kind is PieceKind.TEXT and self._at_start:
                 text = self._first_text(text)
             elif text:
@@ -55,7 +59,7 @@ class IncrementalDetokenizer:
         return "".join(out)
 
     def finish(self) -> str:
-        """The rest: one U+FFFD for each byte of a character that never was completed."""
+        """The rest: U+FFFD for a character that never was completed, in SentencePiece for each byte of it."""
         out: list[str] = []
         self._give_up(out)
         return "".join(out)
@@ -74,6 +78,11 @@ class IncrementalDetokenizer:
 
     def _take_complete(self, out: list[str]) -> None:
         """Moves whole characters, and bytes that can start none, from `_held` to `out`."""
+        if self._joins_bytes:
+            text, used = codecs.utf_8_decode(self._held, "replace", False)
+            out.append(text)
+            del self._held[:used]
+            return
         while self._held:
             need = _char_bytes(self._held[0])
             have = 1
@@ -91,7 +100,7 @@ class IncrementalDetokenizer:
     def _give_up(self, out: list[str]) -> None:
         # SentencePiece replaces byte by byte; what is held is a prefix of one character, so no byte of it stands alone.
         if self._held:
-            out.append(REPLACEMENT * len(self._held))
+            out.append(REPLACEMENT * (1 if self._joins_bytes else len(self._held)))
             self._held.clear()
 
 

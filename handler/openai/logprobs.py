@@ -8,7 +8,7 @@ from typing import Any
 from tpserve.engine.answer import Delta
 from tpserve.engine.protocol import PromptLogprob, TopLogprobs
 from tpserve.engine.text.detokenizer import IncrementalDetokenizer
-from tpserve.engine.text.tokenizer import PieceKind, Tokenizer
+from tpserve.engine.text.tokenizer import NO_PIECE, PieceKind, Tokenizer
 
 _LOWEST = -9999.0  # OpenAI's, for what JSON cannot say
 
@@ -27,24 +27,24 @@ class TokenTexts:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._pieces = tokenizer.pieces
-        self._control = {tokenizer.bos_id: "<s>", tokenizer.eos_id: "</s>"}
+        self._control = tokenizer.controls
         self._strips_first_space = tokenizer.strips_first_space
 
     def text(self, token_id: int, first: bool = False) -> str:
-        """A token's text; `first`: where decoding drops a space. A byte that is no character is "bytes:\\xe6"."""
-        kind, text, byte = self._pieces[token_id] if token_id < len(self._pieces) else (PieceKind.INVISIBLE, "", 0)
-        if kind is PieceKind.BYTE:
-            return chr(byte) if byte < 0x80 else f"bytes:\\x{byte:02x}"
+        """A token's text; `first`: where decoding drops a space. Bytes that are no characters are "bytes:\\xe6"."""
+        kind, text, data = self._pieces[token_id] if token_id < len(self._pieces) else NO_PIECE
+        if kind is PieceKind.BYTES:
+            return data.decode() if data.isascii() else "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
         if kind is PieceKind.INVISIBLE:
             return self._control.get(token_id, f"<token {token_id}>")
         return text.removeprefix(" ") if first and self._strips_first_space else text
 
     def bytes(self, token_id: int, first: bool = False) -> list[int] | None:
         """Its UTF-8; None: it has no text."""
-        kind, _, byte = self._pieces[token_id] if token_id < len(self._pieces) else (PieceKind.INVISIBLE, "", 0)
+        kind, _, data = self._pieces[token_id] if token_id < len(self._pieces) else NO_PIECE
         if kind is PieceKind.INVISIBLE:
             return None
-        return [byte] if kind is PieceKind.BYTE else list(self.text(token_id, first).encode())
+        return list(data) if kind is PieceKind.BYTES else list(self.text(token_id, first).encode())
 
 
 def chat_logprobs(texts: TokenTexts, delta: Delta, at_start: bool) -> list[dict[str, Any]]:

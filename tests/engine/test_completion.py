@@ -19,7 +19,7 @@ from tpserve.engine.text.detokenizer import IncrementalDetokenizer
 from tpserve.engine.text.tokenizer import PieceKind
 
 TOKENIZER = load(tiny_model())
-BYTES = {byte: i for i, (kind, _, byte) in enumerate(TOKENIZER.pieces) if kind is PieceKind.BYTE}
+BYTES = {data[0]: i for i, (kind, _, data) in enumerate(TOKENIZER.pieces) if kind is PieceKind.BYTES}
 
 
 def ids_of(text: str) -> list[int]:

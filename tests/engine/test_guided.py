@@ -18,6 +18,7 @@ from tests.helpers.grammars import fits, random_regex, random_schema
 from tpserve.engine.errors import RequestError
 from tpserve.engine.guided import Grammars, Matcher
 from tpserve.engine.sampling_params import Guided
+from tpserve.engine.text.load import load_tokenizer
 from tpserve.engine.text.tokenizer import Tokenizer
 
 PADDING = 37  # rows of the logits beyond the tokenizer's ids
@@ -70,9 +71,9 @@ class Case:
 
 def _load(name: str) -> Case:
     if name == "demo":
-        return Case(Tokenizer(DEMO_CHECKPOINT / "tokenizer.model"))
+        return Case(load_tokenizer(DEMO_CHECKPOINT / "tokenizer.model"))
     file = {"stories260K": "stories260K/tokenizer.model", "llama2": "tokenizer/llama2_tokenizer.model"}[name]
-    return Case(Tokenizer(Path(shared_data(file))))
+    return Case(load_tokenizer(Path(shared_data(file))))
 
 
 @pytest.fixture(scope="module", params=VOCABULARIES)
@@ -226,7 +227,7 @@ def test_eos_ends_and_can_be_undone(demo: Case) -> None:
 
 def test_without_an_eos_id_only_finished_ends(demo: Case) -> None:
     tokenizer = copy.copy(demo.tokenizer)
-    tokenizer.eos_id = -1
+    tokenizer.eos_id, tokenizer.end_ids = -1, ()
     case = Case(tokenizer)
     matcher = case.matcher("choice", ["ab", "abab"])
     pieces = {text: i for i, (_, text, _) in enumerate(tokenizer.pieces) if text}
@@ -275,7 +276,7 @@ def test_a_grammar_that_becomes_too_complex_ends_with_its_reason(demo: Case) -> 
     schema = {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(1500)}}
     matcher = demo.matcher("json", schema)
     pieces = {text: i for i, (_, text, _) in enumerate(demo.tokenizer.pieces) if text}
-    byte = next(i for i, piece in enumerate(demo.tokenizer.pieces) if piece[2] == ord("{"))
+    byte = next(i for i, piece in enumerate(demo.tokenizer.pieces) if piece.data == b"{")
     assert matcher.advance(pieces.get("{", byte))
     assert matcher.finished
     assert matcher.error is not None

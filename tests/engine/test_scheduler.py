@@ -40,7 +40,7 @@ def make_sequence(
     ids = [*TEXT[: prompt - 1], 100 + hash_of(request_id) % 7]
     # The scheduler never looks at an index but to tell answers apart.
     seqs = [
-        Sequence(request_id, ids, params, max_seq_len=MAX_LEN, eos_token_id=EOS, index=i, seed=i,
+        Sequence(request_id, ids, params, max_seq_len=MAX_LEN, eos_token_ids=(EOS,), index=i, seed=i,
                  key=(priority, arrival or hash_of(request_id)))
         for i in range(n if beam_width == 1 else 1)
     ]  # fmt: skip
@@ -353,7 +353,7 @@ def test_prompts_whose_logprobs_are_asked_for_share_a_bound() -> None:
     for i in range(3):
         params = SamplingParams(max_new_tokens=1, prompt_logprobs=0)
         ids = [100 * i + j % 97 for j in range(400)]
-        scheduler.add(Sequence(f"r{i}", ids, params, max_seq_len=2048, eos_token_id=EOS, key=(0, i)))
+        scheduler.add(Sequence(f"r{i}", ids, params, max_seq_len=2048, eos_token_ids=(EOS,), key=(0, i)))
     assert [run_step(scheduler) for _ in range(3)] == [
         [("r0", 400), ("r1", 112)],
         [("r1", 288), ("r2", 224)],

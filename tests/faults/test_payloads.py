@@ -29,7 +29,8 @@ from tpserve.engine.client import EngineClient
 from tpserve.engine.config import EngineConfig
 from tpserve.engine.errors import ConfigError
 from tpserve.engine.group import build_core
-from tpserve.engine.text.tokenizer import Tokenizer, TokenizerError
+from tpserve.engine.text.load import checkpoint_tokenizer
+from tpserve.engine.text.tokenizer import TokenizerError
 from tpserve.handler.archive import archive
 from tpserve.model.checkpoint import CheckpointError
 from tpserve.model.parallel import TensorParallel
@@ -75,7 +76,7 @@ def ways(folder: Path, scratch: Path) -> list[Callable[[], object]]:
     return [
         lambda: build_core(config(folder), torch.device("cpu"), TensorParallel()),
         lambda: EngineClient(config(folder)),
-        lambda: Tokenizer.from_checkpoint(folder),
+        lambda: checkpoint_tokenizer(folder),
         lambda: archive(folder, export_path=scratch / "store"),
         lambda: convert(folder, scratch / "out", progress=False),
     ]

@@ -52,7 +52,7 @@ def test_nothing_but_eos(engine: FakeEngine, frontend: Frontend) -> None:
 
 
 def test_bytes_of_a_character_are_held_back(engine: FakeEngine, frontend: Frontend) -> None:
-    byte_ids = {byte: i for i, (kind, _, byte) in enumerate(tokenizer().pieces) if kind is PieceKind.BYTE}
+    byte_ids = {data[0]: i for i, (kind, _, data) in enumerate(tokenizer().pieces) if kind is PieceKind.BYTES}
     frontend.call({"a": body(HELLO)})
     for byte in "東".encode():
         engine.say("a/0", [byte_ids[byte]])

@@ -11,6 +11,7 @@ import torch
 from tests.helpers.data import shared_data, stories_reference
 from tests.helpers.plain import PlainLlama
 from tpserve.convert.convert import convert
+from tpserve.engine.text.load import load_tokenizer
 from tpserve.engine.text.tokenizer import Tokenizer
 
 EOS = 2
@@ -31,7 +32,7 @@ def plain_model(dtype: torch.dtype = torch.float64) -> PlainLlama:
 @functools.cache
 def tokenizer() -> Tokenizer:
     """Its tokenizer."""
-    return Tokenizer(shared_data("stories260K") / "tokenizer.model")
+    return load_tokenizer(shared_data("stories260K") / "tokenizer.model")
 
 
 def prompts(n: int, seed: int = 0, longest: int = 60) -> list[list[int]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import sentencepiece
 
+from tpserve.engine.text.load import load_tokenizer
 from tpserve.engine.text.tokenizer import Tokenizer
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -37,7 +38,14 @@ def _models() -> list[Path]:
 @functools.cache
 def load(path: Path) -> Tokenizer:
     """Loads a model once."""
-    return Tokenizer(path)
+    return load_tokenizer(path)
+
+
+def single_bytes(tokenizer: Tokenizer) -> dict[int, int]:
+    """Byte → the id of the token that is this byte alone."""
+    spelled = [(piece.data or piece.text.encode(), i) for i, piece in enumerate(tokenizer.pieces)]
+    found = {data[0]: i for data, i in spelled if len(data) == 1}
+    return found | {p.data[0]: i for i, p in enumerate(tokenizer.pieces) if len(p.data) == 1}
 
 
 MODELS = _models()

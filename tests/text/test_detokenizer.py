@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.text.models import MODELS, load
+from tests.text.models import MODELS, load, single_bytes
 from tpserve.engine.text.detokenizer import IncrementalDetokenizer
 from tpserve.engine.text.tokenizer import PieceKind
 
@@ -35,7 +35,7 @@ def in_steps(model: Path, ids: list[int], splits: list[int]) -> str:
 @given(data=st.data(), splits=SPLITS)
 def test_equals_whole_decoding(model: Path, data: st.DataObject, splits: list[int]) -> None:
     tokenizer = load(model)
-    byte_ids = {byte: i for i, (kind, _, byte) in enumerate(tokenizer.pieces) if kind is PieceKind.BYTE}
+    byte_ids = single_bytes(tokenizer)
     spaces = [i for i, (kind, text, _) in enumerate(tokenizer.pieces) if kind is PieceKind.TEXT and text[0] == " "]
     chunk = st.one_of(
         st.integers(0, tokenizer.vocab_size - 1).map(lambda i: [i]),
@@ -64,7 +64,7 @@ def test_a_step_never_ends_inside_a_character(model: Path, text: str) -> None:
 @pytest.mark.parametrize("model", MODELS, ids=lambda p: p.parent.name)
 def test_a_character_of_bytes_comes_whole(model: Path) -> None:
     tokenizer = load(model)
-    byte_ids = {byte: i for i, (kind, _, byte) in enumerate(tokenizer.pieces) if kind is PieceKind.BYTE}
+    byte_ids = single_bytes(tokenizer)
     detokenizer = IncrementalDetokenizer(tokenizer)
     assert [detokenizer.push([byte_ids[b]]) for b in "東🦙".encode()] == ["", "", "東", "", "", "", "🦙"]
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tpserve.engine.text.load import load_tokenizer
 from tpserve.engine.text.tokenizer import Tokenizer, TokenizerError
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -14,7 +15,7 @@ needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data f
 
 @pytest.fixture(scope="module")
 def llama2() -> Tokenizer:
-    return Tokenizer(SHARED / "tokenizer" / "llama2_tokenizer.model")
+    return load_tokenizer(SHARED / "tokenizer" / "llama2_tokenizer.model")
 
 
 def vectors() -> list[tuple[str, list[int]]]:
@@ -60,10 +61,10 @@ def test_no_piece_is_longer_than_said(llama2: Tokenizer) -> None:
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(TokenizerError, match=r"nowhere\.model"):
-        Tokenizer(tmp_path / "nowhere.model")
+        load_tokenizer(tmp_path / "nowhere.model")
 
 
 def test_a_file_of_another_kind_is_named(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.model").write_bytes(b"<html>not found</html>")
+    (tmp_path / "tokenizer.model").write_bytes(b"not a model")
     with pytest.raises(TokenizerError, match=r"tokenizer\.model is not a SentencePiece model"):
-        Tokenizer(tmp_path / "tokenizer.model")
+        load_tokenizer(tmp_path / "tokenizer.model")

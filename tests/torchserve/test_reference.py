@@ -14,7 +14,7 @@ import pytest
 from tests.torchserve.conftest import SHARED, running
 from tests.torchserve.server import Server
 from tpserve.convert.convert import convert
-from tpserve.engine.text.tokenizer import Tokenizer
+from tpserve.engine.text.load import load_tokenizer
 from tpserve.handler.archive import archive
 
 STORIES = SHARED / "stories260K"
@@ -73,7 +73,7 @@ def body(completion: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("tp", MP_TO_TP.values())
 def test_alone_and_inside_a_batch_of_16(stories: Server, reference: Any, tp: int) -> None:
     completions = reference["completions"]
-    tokenizer = Tokenizer(STORIES / "tokenizer.model")
+    tokenizer = load_tokenizer(STORIES / "tokenizer.model")
     for completion in completions:
         assert tokenizer.encode(completion["prompt"], bos=True, eos=False) == completion["prompt_ids"]
     alone = [stories.post(body(completion), model=f"tp{tp}").json for completion in completions[:2]]

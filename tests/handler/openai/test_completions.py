@@ -14,7 +14,7 @@ from tpserve.engine.sampling_params import Guided, SamplingParams
 from tpserve.engine.text.tokenizer import PieceKind
 from tpserve.handler.openai.logprobs import CompletionLogprobs, TokenTexts
 
-BYTES = {byte: i for i, (kind, _, byte) in enumerate(tokenizer().pieces) if kind is PieceKind.BYTE}
+BYTES = {data[0]: i for i, (kind, _, data) in enumerate(tokenizer().pieces) if kind is PieceKind.BYTES}
 
 
 def test_the_text_continues_the_prompts() -> None:
@@ -165,9 +165,9 @@ def test_the_end_is_a_token_where_lm_eval_takes_one_off() -> None:
 
 
 def client_text(token_id: int) -> str:
-    kind, _, byte = tokenizer().pieces[token_id]
-    assert kind is PieceKind.BYTE
-    return chr(byte)
+    kind, _, data = tokenizer().pieces[token_id]
+    assert kind is PieceKind.BYTES
+    return data.decode()
 
 
 def test_no_token_without_echo_is_no_text() -> None:
@@ -224,7 +224,7 @@ def test_offsets_count_in_the_prompt_as_it_was_written() -> None:
 
 
 def test_of_two_tokens_with_one_text_the_more_probable_counts() -> None:
-    text = tokenizer().pieces.index((PieceKind.TEXT, "a", 0))
+    text = tokenizer().pieces.index((PieceKind.TEXT, "a", b""))
     told = Client().answer(
         TEXT, ONCE | {"logprobs": 2}, "the", logprobs=[-1.0], top_logprobs=[[(BYTES[ord("a")], -0.1), (text, -0.7)]]
     )
