@@ -1,4 +1,4 @@
-"""Shapes and dtypes out of files that `torch.save` or DCP pickled, without torch and without running what is in them.
+"""Shapes and dtypes out of files that `torch.save` or DCP pickled, without running what is in them. Free of torch.
 
 Names are never looked up: each that a file of weights may ask for stands for an inert object of our own.
 """

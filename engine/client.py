@@ -31,7 +31,8 @@ from tpserve.engine.protocol import (
     Trace,
 )
 from tpserve.engine.sampling_params import SamplingParams
-from tpserve.model.checkpoint import CheckpointError, CheckpointInfo
+from tpserve.engine.weights import describe_checkpoint
+from tpserve.model.checkpoint import CheckpointError
 
 
 class EngineClient:
@@ -45,12 +46,12 @@ class EngineClient:
         metrics: what has happened, for Prometheus.
 
     Raises:
-        ConfigError: the checkpoint folder cannot be served.
+        ConfigError: the checkpoint cannot be served.
     """
 
     def __init__(self, config: EngineConfig) -> None:
         try:
-            self.checkpoint = CheckpointInfo.read(Path(config.checkpoint_dir))
+            self.checkpoint = describe_checkpoint(Path(config.checkpoint_dir))
         except CheckpointError as e:
             raise ConfigError(str(e)) from None
         self.config = config

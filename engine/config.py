@@ -28,7 +28,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Everything that a rank needs to know.
 
     Attributes:
-        checkpoint_dir: a folder written by `tpserve convert`.
+        checkpoint_dir: a folder written by `tpserve convert`, or any checkpoint that it reads (`docs/checkpoints.md`).
         tensor_parallel_size: number of ranks.
         load_format: "auto": the checkpoint's weights; "dummy": random ones, for measuring; of the folder only
             `model.json` is read.

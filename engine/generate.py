@@ -31,7 +31,8 @@ from tpserve.engine.requests import GenerateRequest, RequestReader
 from tpserve.engine.sampling_fields import ALIASES, SAMPLING_FIELDS, Vocabulary, sampling_params
 from tpserve.engine.sampling_params import SamplingParams
 from tpserve.engine.text.tokenizer import Tokenizer, TokenizerError
-from tpserve.model.checkpoint import CheckpointError, CheckpointInfo
+from tpserve.engine.weights import describe_checkpoint
+from tpserve.model.checkpoint import CheckpointError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +70,7 @@ def read_job(checkpoint: str, prompts: str, out: str, options: dict[str, Any]) -
             raise ConfigError(unknown_key(name, known))
     config = EngineConfig.from_dict({"checkpoint_dir": checkpoint, **engine})
     folder = Path(checkpoint)
-    vocabulary = Vocabulary(Tokenizer.from_checkpoint(folder), CheckpointInfo.read(folder).args.vocab_size)
+    vocabulary = Vocabulary(Tokenizer.from_checkpoint(folder), describe_checkpoint(folder).args.vocab_size)
     given = {name: value for name, value in sampling.items() if value is not None}
     return Job(Path(prompts), Path(out), sampling_params(given, SamplingParams(), vocabulary), config)
 
@@ -93,7 +94,7 @@ def run_batch(job: Job) -> int:
 
 def _lead_batch(job: Job, core: EngineCore, channel: LeaderChannel) -> int:
     checkpoint = Path(job.config.checkpoint_dir)
-    info = CheckpointInfo.read(checkpoint)
+    info = describe_checkpoint(checkpoint)
     tokenizer = Tokenizer.from_checkpoint(checkpoint)
     reader = RequestReader(tokenizer, info.args.vocab_size, core.shape.max_seq_len)
     lines = read_jsonl(job.prompts)

@@ -25,6 +25,7 @@ from tpserve.engine.sampling_params import SamplingParams
 from tpserve.engine.sequence import Sequence
 from tpserve.engine.step import ScheduledSequence, StepPlan
 from tpserve.engine.text.tokenizer import Tokenizer
+from tpserve.engine.weights import open_weights
 from tpserve.model.checkpoint import CheckpointError
 from tpserve.model.kv_cache import PagedKVCache, bytes_per_block
 from tpserve.model.loader import LoadedModel, load_model
@@ -136,6 +137,7 @@ def _load(
             dtype=dtype,
             max_seq_len=config.max_seq_len,
             dummy=config.load_format == "dummy",
+            source=open_weights(config),
         )
     except CheckpointError:
         raise

@@ -22,7 +22,8 @@ from tpserve.engine.preload import preload
 from tpserve.engine.process import LAUNCHER_PID, die_with_parent
 from tpserve.engine.protocol import Event, Failed, Outputs, Ready, Reply
 from tpserve.engine.supervisor import wait_for_go
-from tpserve.model.checkpoint import CheckpointError, fingerprint
+from tpserve.engine.weights import checkpoint_fingerprint
+from tpserve.model.checkpoint import CheckpointError
 from tpserve.model.parallel import TensorParallel
 
 EXIT_REFUSED = 3  # the configuration or the checkpoint cannot be served: a relaunch would not help
@@ -79,7 +80,7 @@ def main(folder: Path, build: Callable[[EngineConfig, torch.device, TensorParall
     try:
         device = choose_device(config)
         with process_group(config, device) as tp:
-            loads = fingerprint(Path(config.checkpoint_dir))
+            loads = checkpoint_fingerprint(Path(config.checkpoint_dir))
             core = build(config, device, tp)
             if socket is None:
                 follow(core, config, FollowerChannel(folder, rank, config.step_timeout_s))

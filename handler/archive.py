@@ -19,8 +19,9 @@ from typing import Any
 import yaml
 
 from tpserve.engine.errors import ConfigError
+from tpserve.engine.weights import describe_checkpoint
 from tpserve.handler.config import HandlerConfig
-from tpserve.model.checkpoint import CheckpointError, CheckpointInfo
+from tpserve.model.checkpoint import CheckpointError
 
 FORMATS = ("default", "no-archive")
 CONFIG_NAME = "model-config.yaml"
@@ -83,7 +84,7 @@ def archive(
         raise ArchiveError(f"model_name must be letters, digits, '_', '-' and '.', got {model_name!r}")
     folder = Path(checkpoint).resolve()
     try:
-        dim = CheckpointInfo.read(folder).args.dim
+        dim = describe_checkpoint(folder).args.dim
     except CheckpointError as e:
         raise ArchiveError(str(e)) from None
     source = Path(config) if config is not None else default_config(dim)

@@ -17,6 +17,7 @@ from tpserve.engine.process import die_with_parent, kill_parent_with_grandparent
 from tpserve.engine.requests import RequestReader
 from tpserve.engine.sampling_params import Guided
 from tpserve.engine.text.tokenizer import Tokenizer, TokenizerError
+from tpserve.engine.weights import tokenizer_path
 from tpserve.handler.backend import Backend
 from tpserve.handler.blocking import Batches
 from tpserve.handler.config import HandlerConfig
@@ -24,7 +25,6 @@ from tpserve.handler.ending import Ending
 from tpserve.handler.mailbox import Mailbox
 from tpserve.handler.torchserve import Context
 from tpserve.handler.tracing import RequestTracer
-from tpserve.model.checkpoint import CheckpointInfo
 
 Handle = Callable[[Sequence[Mapping[str, Any]], Context], list[bytes]]
 
@@ -111,9 +111,7 @@ def _no_grammars(guided: Guided) -> None:
 def _tokenizer_path(config: HandlerConfig) -> Path | None:
     if config.tokenizer is not None:
         return config.tokenizer
-    folder = Path(config.engine.checkpoint_dir)
-    name = CheckpointInfo.read(folder).tokenizer
-    return None if name is None else folder / name
+    return tokenizer_path(Path(config.engine.checkpoint_dir))
 
 
 def _tokenizer(path: Path) -> Tokenizer:

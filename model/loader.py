@@ -105,12 +105,13 @@ def load_model(
     whole = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     shard(model, tp)
     model.to_empty(device=device)
-    if source is not None:
-        bytes_read = _read_source(model, source, tp)
-    elif reader is None:
+    if dummy:
         bytes_read = 0
         _fill_randomly(model, seed=tp.rank)
+    elif source is not None:
+        bytes_read = _read_source(model, source, tp)
     else:
+        assert reader is not None
         _check_shapes(checkpoint_dir, whole, reader)
         _read_dcp(checkpoint_dir, model, reader, tp)
         bytes_read = reader.bytes_copied

@@ -85,7 +85,7 @@ def test_mistakes_show_before_anything_is_written(checkpoint: Path, tmp_path: Pa
     wrong.write_text("handler: {temprature: 1}")
     with pytest.raises(ValueError, match="did you mean 'temperature'"):
         archive(checkpoint, config=wrong, export_path=tmp_path / "store")
-    with pytest.raises(ArchiveError, match=r"model\.json does not exist"):
+    with pytest.raises(ArchiveError, match=r"nowhere does not exist"):
         archive(tmp_path / "nowhere", export_path=tmp_path / "store")
     with pytest.raises(ArchiveError, match="archive_format"):
         archive(checkpoint, archive_format="zip", export_path=tmp_path / "store")
