@@ -19,7 +19,7 @@ from tests.faults.fronts import NAMES, Front, demo, start
 from tests.faults.streams import Clients, Told, ask, long_prompt, requests, undisturbed
 from tests.faults.strikes import KINDS, readiness, strike, until
 
-BODIES = requests(12)
+BODIES = [body | {"max_new_tokens": min(80, body["max_new_tokens"])} for body in requests(12)]
 BY_DEFAULT = ("kill rank 0", "stop rank 1")
 # Small steps, so that a prompt takes many of them.
 OPTIONS = {"max_num_batched_tokens": 32, "step_timeout_s": 4.0}
