@@ -170,7 +170,9 @@ def _info(
         bos, eos = (_token_id(config or {}, name) for name in ("bos_token_id", "eos_token_id"))
         return CheckpointInfo(args, dtype, None, bos, eos, source)
     name = found.name if (path / found.name).is_file() else str(path.absolute().parent / found.name)
-    return CheckpointInfo(args, dtype, name, found.bos_token_id, found.eos_token_id, source)
+    return CheckpointInfo(
+        args, dtype, name, found.bos_token_id, found.eos_token_id, source, eos_token_ids=found.eos_token_ids
+    )
 
 
 def _tensor(tensors: Mapping[str, PickledTensor], name: str, path: Path) -> PickledTensor:

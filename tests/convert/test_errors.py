@@ -151,7 +151,10 @@ CASES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "gap": (lambda d: (d / S1).rename(d / "consolidated.02.pth"), [f"{S1} is missing", "02"]),
     "first missing": (lambda d: (d / S0).unlink(), [f"{S0} is missing"]),
     "last missing": (lambda d: (d / S1).unlink(), [S0, "some of 2 shards missing"]),
-    "no shards": (lambda d: [p.unlink() for p in d.glob("*.pth")], ["llama-tiny holds no checkpoint", "params.json, but no weights"]),
+    "no shards": (
+        lambda d: [p.unlink() for p in d.glob("*.pth")],
+        ["llama-tiny holds no checkpoint", "params.json, but no weights"],
+    ),
     "checklist: shard": (checklist(consolidated_01_pth="0" * 32), [S1, "damaged", "0" * 32, "checklist.chk"]),
     "checklist: params": (checklist(params_json="1" * 32), ["params.json is damaged", "1" * 32]),
     "checklist: missing shard": (checklist(consolidated_02_pth="2" * 32), ["consolidated.02.pth is missing"]),

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tpserve.convert.open_any import open_any
-from tpserve.convert.probe import logits
+from tpserve.convert.probe import model_logits
 from tpserve.model.loader import load_model
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -43,6 +43,6 @@ def test_logits_are_theirs(tmp_path: Path, shape: str) -> None:
     with torch.no_grad():
         theirs = model(tokens[None]).logits[0]
     loaded = load_model(tmp_path, dtype=torch.float32, max_seq_len=200, source=open_any(tmp_path))
-    ours = logits(loaded.model, tokens.tolist())
+    ours = model_logits(loaded.model, tokens.tolist())
     assert ours.std() > 0.5
     assert (ours - theirs).abs().max() <= 1e-4
