@@ -67,8 +67,9 @@ def test_round_trip_through_every_form(tmp_path: Path, dtype: torch.dtype) -> No
     expected = write_fairscale_checkpoint(tmp_path / "meta2", PARAMS, mp=2, dtype=dtype)
     dcp = turn(tmp_path / "meta2", "dcp", "dcp")
     safe = turn(dcp, "safetensors", "safetensors")
-    for mp in (1, 2, 4, 8):
-        assert_shards(turn(safe, f"mp{mp}", "meta", mp), expected, mp)
+    hf = turn(safe, "hf", "hf")
+    for mp, through in ((1, dcp), (2, hf), (4, safe), (8, hf)):
+        assert_shards(turn(through, f"mp{mp}", "meta", mp), expected, mp)
     # Whatever it came through, a form's files are the same.
     again = turn(turn(tmp_path / "mp8", "dcp8", "dcp"), "safetensors8", "safetensors")
     for first, second in ((dcp, tmp_path / "dcp8"), (safe, again)):
@@ -128,6 +129,7 @@ def test_llama_3_s_embedding_is_cut_by_rows(tmp_path: Path) -> None:
     out = turn(tmp_path / "in", "out", "meta", 4)
     assert_shards(out, expected, 4, embedding_dim=0)
     assert open_source(out).args == open_source(tmp_path / "in").args
+    assert open_source(turn(turn(out, "hf", "hf"), "back", "meta", 2)).args == open_source(out).args
     assert json.loads((out / "params.json").read_text())["use_scaled_rope"] is True
 
 
@@ -226,10 +228,11 @@ def test_the_tied_head_is_left_out_and_comes_back(tmp_path: Path) -> None:
     assert json.loads((hf / "config.json").read_text())["tie_word_embeddings"] is True
     with safe_open(hf / "model.safetensors", "pt") as file:
         assert "lm_head.weight" not in file.keys()  # noqa: SIM118 - it is no dictionary
+    assert_shards(turn(hf, "back", "meta", 4), expected, 4)
 
 
 def test_args_survive(tmp_path: Path) -> None:
     params = PARAMS | {"rope_theta": 1e6, "norm_eps": 1e-6, "n_kv_heads": 16, "ffn_dim_multiplier": 1.3}
     write_fairscale_checkpoint(tmp_path / "in", params, mp=1)
-    out = turn(tmp_path / "in", "out", "meta")
+    out = turn(turn(tmp_path / "in", "hf", "hf"), "out", "meta")
     assert open_source(out).args == ModelArgs.from_params(params)
