@@ -100,6 +100,7 @@ class BytePairTokenizer(Tokenizer):
     ) -> tokenizers.Tokenizer:
         vocab = content["model"]["vocab"]
         kept = {token: i for token, i in vocab.items() if i not in self.controls or token == unknown}
+        kept |= {token["content"]: token["id"] for token in added}  # the library numbers anew what its model lacks
         # What the library adds after encoding or cuts is ours to decide; a template could name tokens that are gone.
         ours = {"added_tokens": added, "post_processor": None, "truncation": None, "padding": None}
         ours |= {"model": content["model"] | {"vocab": kept}}

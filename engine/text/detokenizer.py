@@ -98,9 +98,11 @@ class IncrementalDetokenizer:
             del self._held[:need]
 
     def _give_up(self, out: list[str]) -> None:
-        # SentencePiece replaces byte by byte; what is held is a prefix of one character, so no byte of it stands alone.
+        # SentencePiece replaces byte by byte (what is held is a prefix of one character, so none stands alone),
+        # others what may be a character's beginning as one.
         if self._held:
-            out.append(REPLACEMENT * (1 if self._joins_bytes else len(self._held)))
+            bytewise = REPLACEMENT * len(self._held)
+            out.append(self._held.decode("utf-8", "replace") if self._joins_bytes else bytewise)
             self._held.clear()
 
 

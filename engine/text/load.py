@@ -13,7 +13,7 @@ from tpserve.engine.text.tokenizer import Tokenizer, TokenizerError
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a `tokenizer.model` (SentencePiece's or Llama-3's), `tokenizer.json` or GGUF file, or a folder's.
+    """The tokenizer of a `tokenizer.model` (SentencePiece's or Llama-3's), `tokenizer.json`, GGUF file or folder.
 
     What stands beside the file (`tokenizer_config.json`, `generation_config.json`, `chat_template.jinja`) counts, too.
 
