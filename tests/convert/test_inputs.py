@@ -24,7 +24,11 @@ from tpserve.convert.describe import describe
 from tpserve.convert.kinds import Kind
 from tpserve.convert.open_any import open_any
 from tpserve.convert.source import Source
+from tpserve.engine.config import EngineConfig
+from tpserve.engine.weights import checkpoint_fingerprint, describe_checkpoint, open_weights, tokenizer_path
 from tpserve.model.args import ModelArgs
+from tpserve.model.loader import load_model
+from tpserve.model.parallel import TensorParallel
 from tpserve.model.rope import rope_table
 
 # Heads of 32: what quantised rows want, and room for the rotary frequencies that Llama 3.1 scales.
@@ -247,3 +251,40 @@ def test_a_large_file_is_read_in_bounded_memory(tmp_path: Path) -> None:
     run = subprocess.run([sys.executable, "-c", code, str(path)], check=True, capture_output=True, text=True)
     slab_bytes = 4096 * columns * 2
     assert int(run.stdout) < slab_bytes + (96 << 20)
+
+
+@pytest.mark.parametrize("size", [1, 3, 4])
+def test_ranks_read_their_slices_of_any_form(tmp_path: Path, size: int) -> None:
+    meta = write_fairscale_checkpoint(tmp_path / "meta", PARAMS, mp=2)
+    write_hf(tmp_path / "hf", hf_weights(meta, 32), hf_config(PARAMS, meta), num_files=2)
+    write_gguf(tmp_path / "model.gguf", PARAMS, meta)
+    converted = convert(tmp_path / "meta", tmp_path / "ours", progress=False)
+    for rank in range(size):
+        tp = TensorParallel(rank, size)
+        expected = load_model(converted, tp=tp, max_seq_len=8).model.state_dict()
+        for path in (tmp_path / "meta", tmp_path / "hf", tmp_path / "model.gguf"):
+            source = open_weights(EngineConfig(checkpoint_dir=str(path)))
+            loaded = load_model(path, tp=tp, max_seq_len=8, source=source)
+            assert loaded.info.args == source.args
+            found = loaded.model.state_dict()
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(found[name], expected[name]) for name in expected), (path.name, rank)
+    assert open_weights(EngineConfig(checkpoint_dir=str(converted))) is None
+
+
+def test_what_the_engine_asks_of_a_checkpoint(tmp_path: Path, tokenizer_model: bytes) -> None:
+    meta = write_fairscale_checkpoint(tmp_path / "llama" / "7b", PARAMS, mp=1)
+    (tmp_path / "llama" / "tokenizer.model").write_bytes(tokenizer_model)
+    path = tmp_path / "llama" / "7b"
+    assert describe_checkpoint(path).eos_token_id == 2
+    assert tokenizer_path(path) == tmp_path / "llama" / "tokenizer.model"  # where Meta's download puts it
+    assert open_any(path).tokenizer_files == (tmp_path / "llama" / "tokenizer.model",)
+    config = EngineConfig(checkpoint_dir=str(path), load_format="dummy")
+    loaded = load_model(path, max_seq_len=8, source=open_weights(config), dummy=True)
+    assert loaded.bytes_read == 0
+    write_gguf(tmp_path / "model.gguf", PARAMS, meta)
+    assert tokenizer_path(tmp_path / "model.gguf") is None
+    before = checkpoint_fingerprint(path)
+    assert checkpoint_fingerprint(path) == before
+    write_fairscale_checkpoint(path, PARAMS, mp=1, seed=1)
+    assert checkpoint_fingerprint(path) != before
