@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import os
 import secrets
 import sys
@@ -18,19 +19,21 @@ from typing import Any
 import fire
 import msgspec
 
-from tpserve.engine.channel import FollowerChannel, LeaderChannel
+from tpserve.engine.channel import LeaderChannel
 from tpserve.engine.config import EngineConfig, unknown_key
 from tpserve.engine.core import EngineCore
 from tpserve.engine.errors import ConfigError, RequestError
-from tpserve.engine.group import build_core, choose_device, process_group, socket_folder
+from tpserve.engine.group import build_core, choose_device, process_group
 from tpserve.engine.journal import Journal, digest
 from tpserve.engine.limits import check_room, check_sequences, check_vocabulary
 from tpserve.engine.loop import follow, lead
+from tpserve.engine.meeting import follower_channel, leader_channel
 from tpserve.engine.offline import OfflineFrontend, error_result, read_jsonl
 from tpserve.engine.requests import GenerateRequest, RequestReader
 from tpserve.engine.sampling_fields import ALIASES, SAMPLING_FIELDS, Vocabulary, sampling_params
 from tpserve.engine.sampling_params import SamplingParams
-from tpserve.engine.text.tokenizer import Tokenizer, TokenizerError
+from tpserve.engine.text.load import checkpoint_tokenizer
+from tpserve.engine.text.tokenizer import TokenizerError
 from tpserve.engine.weights import describe_checkpoint
 from tpserve.model.checkpoint import CheckpointError
 
@@ -70,7 +73,7 @@ def read_job(checkpoint: str, prompts: str, out: str, options: dict[str, Any]) -
             raise ConfigError(unknown_key(name, known))
     config = EngineConfig.from_dict({"checkpoint_dir": checkpoint, **engine})
     folder = Path(checkpoint)
-    vocabulary = Vocabulary(Tokenizer.from_checkpoint(folder), describe_checkpoint(folder).args.vocab_size)
+    vocabulary = Vocabulary(checkpoint_tokenizer(folder), describe_checkpoint(folder).args.vocab_size)
     given = {name: value for name, value in sampling.items() if value is not None}
     return Job(Path(prompts), Path(out), sampling_params(given, SamplingParams(), vocabulary), config)
 
@@ -82,20 +85,21 @@ def run_batch(job: Job) -> int:
         ConfigError, CheckpointError, TokenizerError: nothing can be served.
     """
     device = choose_device(job.config)
-    with process_group(job.config, device) as tp, socket_folder(tp, device) as folder:
+    with process_group(job.config, device) as tp:
         if tp.rank:
+            channel = follower_channel(tp, device, job.config.step_timeout_s)
             core = build_core(job.config, device, tp)
-            follow(core, job.config, FollowerChannel(folder, tp.rank, job.config.step_timeout_s))
+            follow(core, job.config, channel)
             core.close()
             return 0
-        channel = LeaderChannel(folder, tp.size)
-        return _lead_batch(job, build_core(job.config, device, tp), channel)
+        with leader_channel(tp, device, math.inf) as leads:
+            return _lead_batch(job, build_core(job.config, device, tp), leads)
 
 
 def _lead_batch(job: Job, core: EngineCore, channel: LeaderChannel) -> int:
     checkpoint = Path(job.config.checkpoint_dir)
     info = describe_checkpoint(checkpoint)
-    tokenizer = Tokenizer.from_checkpoint(checkpoint)
+    tokenizer = checkpoint_tokenizer(checkpoint)
     reader = RequestReader(tokenizer, info.args.vocab_size, core.shape.max_seq_len)
     lines = read_jsonl(job.prompts)
     defaults = msgspec.to_builtins(job.defaults)

@@ -6,8 +6,6 @@ import contextlib
 import datetime
 import logging
 import os
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +22,7 @@ from tpserve.engine.model_runner import ModelRunner
 from tpserve.engine.sampling_params import SamplingParams
 from tpserve.engine.sequence import Sequence
 from tpserve.engine.step import ScheduledSequence, StepPlan
-from tpserve.engine.text.tokenizer import Tokenizer
+from tpserve.engine.text.load import checkpoint_tokenizer
 from tpserve.engine.weights import open_weights
 from tpserve.model.checkpoint import CheckpointError
 from tpserve.model.kv_cache import PagedKVCache, bytes_per_block
@@ -86,24 +84,6 @@ def process_group(config: EngineConfig, device: torch.device) -> Iterator[Tensor
     dist.destroy_process_group()
 
 
-@contextlib.contextmanager
-def socket_folder(tp: TensorParallel, device: torch.device) -> Iterator[Path]:
-    """A 0700 directory that all ranks of this node agree on, for the sockets of a group that nobody serves."""
-    path = tempfile.mkdtemp(prefix="tpserve-") if tp.rank == 0 else ""
-    if tp.size > 1:
-        buffer = torch.zeros(4096, dtype=torch.uint8, device=device)
-        if tp.rank == 0:
-            encoded = path.encode()
-            buffer[: len(encoded)] = torch.tensor(list(encoded), dtype=torch.uint8)
-        dist.broadcast(buffer, 0, group=tp.group)
-        path = bytes(buffer.tolist()).rstrip(b"\0").decode()
-    try:
-        yield Path(path)
-    finally:
-        if tp.rank == 0:
-            shutil.rmtree(path, ignore_errors=True)
-
-
 def build_core(config: EngineConfig, device: torch.device, tp: TensorParallel) -> EngineCore:
     """Loads this rank's weights and makes its engine.
 
@@ -115,9 +95,12 @@ def build_core(config: EngineConfig, device: torch.device, tp: TensorParallel) -
         torch.set_num_threads(1)  # here; the device's thread has them all
     loaded, num_blocks, runner = queue.prepare(lambda: _load(config, device, tp, queue))
     vocab_size = loaded.info.args.vocab_size
-    tokenizer = Tokenizer.from_checkpoint(Path(config.checkpoint_dir))
+    tokenizer = checkpoint_tokenizer(Path(config.checkpoint_dir))
     grammars = None if tokenizer is None else Grammars(tokenizer, vocab_size)
-    shape = CoreShape(num_blocks, config.max_seq_len, loaded.info.eos_token_id, vocab_size)
+    # Converted by an older release, the checkpoint names only one.
+    known = () if tokenizer is None else tokenizer.end_ids
+    ends = tuple(dict.fromkeys((*loaded.info.end_ids, *known)))
+    shape = CoreShape(num_blocks, config.max_seq_len, ends, vocab_size)
     return EngineCore(config, shape, runner, tp.rank, grammars)
 
 
@@ -230,7 +213,7 @@ def _free_cuda_bytes(config: EngineConfig, loaded: LoadedModel) -> int:
     torch.cuda.reset_peak_memory_stats(loaded.device)
     cache = _cache(config, loaded, blocks)
     runner = _runner(config, loaded, cache, graphs=False)
-    prompt = Sequence("profile", [0] * length, SamplingParams(), max_seq_len=length + 1, eos_token_id=None)
+    prompt = Sequence("profile", [0] * length, SamplingParams(), max_seq_len=length + 1, eos_token_ids=())
     prompt.block_table, prompt.row = list(range(blocks)), 0
     step = runner.launch(StepPlan([ScheduledSequence(prompt, 0, length, (prompt,), [])], loads=[prompt]))
     runner.draw(step, None)

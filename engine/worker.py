@@ -12,12 +12,13 @@ import msgspec
 import torch
 import zmq
 
-from tpserve.engine.channel import FollowerChannel, LeaderChannel, new_socket
+from tpserve.engine.channel import new_socket
 from tpserve.engine.config import EngineConfig
 from tpserve.engine.core import EngineCore
 from tpserve.engine.errors import ConfigError, MissingDevicesError
 from tpserve.engine.group import build_core, choose_device, process_group
 from tpserve.engine.loop import follow, lead
+from tpserve.engine.meeting import follower_channel, leader_channel
 from tpserve.engine.preload import preload
 from tpserve.engine.process import LAUNCHER_PID, die_with_parent
 from tpserve.engine.protocol import Event, Failed, Outputs, Ready, Reply
@@ -83,15 +84,15 @@ def main(folder: Path, build: Callable[[EngineConfig, torch.device, TensorParall
             loads = checkpoint_fingerprint(Path(config.checkpoint_dir))
             core = build(config, device, tp)
             if socket is None:
-                follow(core, config, FollowerChannel(folder, rank, config.step_timeout_s))
+                follow(core, config, follower_channel(tp, device, config.step_timeout_s, folder))
                 core.close()
                 return 0
-            channel = LeaderChannel(folder, tp.size, config.step_timeout_s)
-            sizes = tp.size, core.shape.num_blocks, config.block_size, config.max_seq_len
-            socket.send(Ready(*sizes, str(device), loads))
-            lead(core, config, channel, socket)
-            core.close()
-            return 0
+            with leader_channel(tp, device, config.step_timeout_s, folder) as channel:
+                sizes = tp.size, core.shape.num_blocks, config.block_size, config.max_seq_len
+                socket.send(Ready(*sizes, str(device), loads))
+                lead(core, config, channel, socket)
+                core.close()
+                return 0
     except (ConfigError, CheckpointError) as e:
         logger.error("%s", e)
         if socket is not None:
