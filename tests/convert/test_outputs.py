@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tests.convert.test_convert import assert_same
 from tests.helpers.shards import cut, random_weights, write_fairscale_checkpoint
+from tpserve.cli.main import main
 from tpserve.convert import source_tensor, weights, write_hf, write_meta
 from tpserve.convert.convert import convert
 from tpserve.convert.dcp_source import open_dcp
@@ -236,3 +237,16 @@ def test_args_survive(tmp_path: Path) -> None:
     write_fairscale_checkpoint(tmp_path / "in", params, mp=1)
     out = turn(turn(tmp_path / "in", "hf", "hf"), "out", "meta")
     assert open_source(out).args == ModelArgs.from_params(params)
+
+
+@pytest.mark.parametrize("flags", [["--from", "--to"], ["--ckpt_dir", "--out_dir"]])
+def test_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: list[str]
+) -> None:
+    write_fairscale_checkpoint(tmp_path / "3", PARAMS, mp=2)
+    monkeypatch.chdir(tmp_path)  # in which both folders have names that look like numbers
+    arguments = [f"{flags[0]}=3", flags[1], "7", "--format", "meta", "--mp", "4"]
+    monkeypatch.setattr("sys.argv", ["tpserve", "convert", *arguments])
+    main()
+    assert capsys.readouterr().out.strip() == str(tmp_path / "7")
+    assert len(meta_weights(tmp_path / "7")) == 4
