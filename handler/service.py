@@ -16,6 +16,7 @@ from tpserve.engine.grammar_check import GrammarChecker
 from tpserve.engine.process import die_with_parent, kill_parent_with_grandparent
 from tpserve.engine.requests import RequestReader
 from tpserve.engine.sampling_params import Guided
+from tpserve.engine.text.load import load_tokenizer
 from tpserve.engine.text.tokenizer import Tokenizer, TokenizerError
 from tpserve.engine.weights import tokenizer_path
 from tpserve.handler.backend import Backend
@@ -116,7 +117,7 @@ def _tokenizer_path(config: HandlerConfig) -> Path | None:
 
 def _tokenizer(path: Path) -> Tokenizer:
     try:
-        return Tokenizer(path)
+        return load_tokenizer(path)
     except TokenizerError as e:
         raise ConfigError(str(e)) from None
 

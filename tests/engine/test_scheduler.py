@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from tpserve.engine.beam_search import BeamGroup
 from tpserve.engine.block_pool import BlockPool
 from tpserve.engine.config import EngineConfig
-from tpserve.engine.sampling_params import SamplingParams
+from tpserve.engine.sampling_params import Guided, SamplingParams
 from tpserve.engine.scheduler import Scheduler
 from tpserve.engine.sequence import Sequence
 from tpserve.engine.step import Candidate, StepPlan, StepResult
@@ -405,3 +405,13 @@ def test_preempted_tokens_are_kept_and_recomputed() -> None:
 def test_a_sequence_that_could_never_run_is_an_error_of_the_caller() -> None:
     with pytest.raises(AssertionError, match="can never run"):
         make_scheduler(blocks=2).add(make_sequence("big", 20, 20))
+
+
+def test_whatever_ends_a_turn_ends_and_is_ignored_and_waits() -> None:
+    def stops(**how: Any) -> frozenset[int]:
+        return Sequence("r", [5], SamplingParams(**how), max_seq_len=64, eos_token_ids=(2, 7, 9)).stop_token_ids
+
+    assert stops() == stops(min_tokens=4) == {2, 7, 9}
+    assert stops(stop_token_ids=(3,)) == {2, 3, 7, 9}
+    assert stops(ignore_eos=True, stop_token_ids=(3,)) == {3}
+    assert stops(ignore_eos=True, guided=Guided("regex", "a")) == {2, 7, 9}

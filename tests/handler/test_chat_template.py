@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 
 from tests.handler.chats import HF_LLAMA2, HF_LLAMA3, ByteTokenizer
 from tests.handler.fakes import MAX_SEQ_LEN, FakeEngine, reader, tokenizer
+from tests.text.byte_level import llama3_model
 from tpserve.engine.errors import ConfigError, RequestError
 from tpserve.engine.requests import RequestReader
 from tpserve.engine.text.chat import check_dialog, encode_dialog
+from tpserve.engine.text.load import load_tokenizer
 from tpserve.handler.backend import Backend
-from tpserve.handler.chat_template import ChatTemplate
+from tpserve.handler.chat_template import ChatTemplate, default_template
 from tpserve.handler.config import HandlerConfig
 from tpserve.handler.http import HttpRequest
 from tpserve.handler.jinja_template import JinjaTemplate
@@ -272,3 +274,35 @@ def test_the_configuration_names_the_template(tmp_path: Path) -> None:
     for wrong, said in (("llama4", "must be llama2"), (3, "must be llama2"), ("no.jinja", r"no\.jinja does not exist")):
         with pytest.raises(ConfigError, match=f"chat_template.*{said}"):
             configured(wrong, tmp_path)
+
+
+def test_a_model_whose_operator_says_nothing(tmp_path: Path) -> None:
+    sp, llama3 = tokenizer(), load_tokenizer(llama3_model())
+    for encoder, name in ((sp, "llama2"), (llama3, "llama3")):
+        template = default_template(encoder)
+        assert template is not None
+        assert (template.name, template.encode([USER])) == (name, encode_dialog(encoder, check_dialog([USER])))
+    (tmp_path / "tokenizer.model").write_bytes(llama3_model().read_bytes())
+    (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0].content }}<|eot_id|>")
+    own = load_tokenizer(tmp_path / "tokenizer.model")
+    template = configured(None).load_chat_template(own)
+    assert template is not None
+    asked = message("user", "a<|eot_id|>b")
+    assert (template.name, template.encode([asked])) == (
+        "checkpoint", [own.bos_id, *own.encode("a<|eot_id|>b", False, False), own.special_id("<|eot_id|>")],
+    )  # fmt: skip
+    overruled = configured("llama3").load_chat_template(own)
+    assert overruled is not None
+    assert overruled.name == "llama3"
+    (tmp_path / "chat_template.jinja").write_text("{% if %}")
+    with pytest.raises(ConfigError, match=r"the checkpoint's own chat template: .*name another: handler"):
+        default_template(load_tokenizer(tmp_path / "tokenizer.model"))
+
+
+def test_llama3_on_its_own_tokenizer() -> None:
+    llama3 = load_tokenizer(llama3_model())
+    template = ChatTemplate.load("llama3", llama3)
+    hugging_face = ChatTemplate("file", JinjaTemplate(HF_LLAMA3, llama3), llama3.max_piece_chars)
+    assert template.encode(CHAT) == hugging_face.encode(CHAT)
+    first = llama3.vocab_size - 256
+    assert [i - first for i in template.encode([message("user", "<|eot_id|>")]) if i >= first] == [0, 6, 7, 9, 6, 7]

@@ -51,13 +51,13 @@ def test_llama3_as_tiktoken(text: str) -> None:
     assert LLAMA3.decode(ids) == text
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(SOME_TEXT)
 def test_llama3_as_tiktoken_on_any_text(text: str) -> None:
     assert LLAMA3.encode(text, bos=False, eos=False) == REFERENCE.encode(text, disallowed_special=())
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.lists(st.integers(0, LLAMA3.vocab_size - 257), max_size=12))
 def test_any_ids_decode_as_tiktokens(ids: list[int]) -> None:
     assert LLAMA3.decode(ids) == REFERENCE.decode(ids)
@@ -252,7 +252,7 @@ def test_gguf_that_is_refused(tmp_path: Path, others: dict[str, Any], said: str)
         load_tokenizer(write_gguf(tmp_path / "u.gguf", "rwkv", ["a"], [1]))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.lists(st.integers(0, LLAMA3.vocab_size + 3), max_size=14))
 def test_steps_are_the_whole_and_never_cut_a_character(ids: list[int]) -> None:
     plain = [i for i in ids if i < LLAMA3.vocab_size - 256]
