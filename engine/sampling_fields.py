@@ -12,6 +12,7 @@ from tpserve.engine.sampling_params import Guided, SamplingParams
 from tpserve.engine.text.tokenizer import Tokenizer
 
 # SentencePiece puts a space before a text's first word. After a line break there is none, and no piece spans one.
+# Byte pairs put none, and some have pieces with line breaks.
 _ANCHOR = "\n"
 
 
@@ -150,10 +151,11 @@ def _spellings(where: str, word: str, tokenizer: Tokenizer | None) -> list[tuple
     # Encoding megabytes takes seconds.
     at_least = -(-len(word) // tokenizer.max_piece_chars)
     limits.at_most(where, at_least, limits.MAX_BAD_WORD_TOKENS, "or more tokens")
-    anchor = tokenizer.encode(_ANCHOR, bos=False, eos=False)
+    before = _ANCHOR if tokenizer.strips_first_space else ""
+    anchor = tokenizer.encode(before, bos=False, eos=False)
     found = []
     for text in (word, " " + word):
-        ids = tokenizer.encode(_ANCHOR + text, bos=False, eos=False)
+        ids = tokenizer.encode(before + text, bos=False, eos=False)
         if ids[: len(anchor)] == anchor and len(ids) > len(anchor):
             limits.at_most(where, len(ids) - len(anchor), limits.MAX_BAD_WORD_TOKENS, "tokens")
             found.append(tuple(ids[len(anchor) :]))

