@@ -198,7 +198,7 @@ def test_preempted_requests_say_the_same(tiny_config: EngineConfig, client: Engi
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tensor_parallel_size": 3}, "possible sizes: 1, 2, 4"),
+        ({"tensor_parallel_size": 5}, "possible sizes: 1 to 4"),
         ({"num_kv_blocks": 3}, "needs 16"),
         ({"device": "cuda", "tensor_parallel_size": 1}, "GPU"),
     ],
