@@ -74,6 +74,26 @@ def verify(checkpoint: str, against: str | None = None, tp: int = 1) -> None:
     sys.exit(0 if good else 1)
 
 
+@fire.decorators.SetParseFns(checkpoint=str)  # type: ignore[untyped-decorator]
+def plan(checkpoint: str, tp: int) -> None:
+    """Prints which rank would hold what of a checkpoint, and how uneven that is.
+
+    Args:
+        checkpoint: a folder of any form, or a .gguf file.
+        tp: tensor-parallel size.
+    """
+    from pathlib import Path
+
+    from tpserve.convert.describe import describe
+    from tpserve.engine.errors import ConfigError
+    from tpserve.model.plan import show_shares
+
+    try:
+        print(show_shares(describe(Path(checkpoint)).args, tp))
+    except ValueError as e:
+        raise ConfigError(str(e)) from None
+
+
 def archive(checkpoint: str, **options: Any) -> None:
     """Packs a converted checkpoint for TorchServe with torch-model-archiver.
 
@@ -167,6 +187,7 @@ def main() -> None:
             "convert": convert,
             "download": download,
             "verify": verify,
+            "plan": plan,
             "archive": archive,
             "demo": demo,
             "serve": serve,
