@@ -22,7 +22,6 @@ from tpserve.engine.process import command_line, is_running
 
 BODIES = requests(4)
 GONE_S = 10.0  # two seconds, but for machines that are busy with something else
-NAMED = [pytest.param(name, marks=pytest.mark.faults) if name == "torchserve" else name for name in NAMES]
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +37,8 @@ def gone(pids: list[int]) -> float:
     return time.monotonic() - began_s
 
 
-@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.faults
+@pytest.mark.parametrize("name", NAMES)
 def test_a_front_that_is_killed(checkpoint: Path, name: str) -> None:
     """TorchServe starts its backend again by itself; whoever started the second front does it here."""
     front = start(name, checkpoint)
