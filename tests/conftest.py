@@ -12,6 +12,7 @@ settings.register_profile("tpserve", deadline=None, suppress_health_check=[Healt
 settings.load_profile("tpserve")
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With several processes (`-n`), what shares a fixture is run by one of them."""
     root = Path(__file__).parent
