@@ -18,7 +18,7 @@ demo: install
 
 # Two at a time: half of the suite's time is waiting for processes to start.
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2
 
 # Every fault on both fronts (`make test` has a few of them); then half an hour of them: FRONT=torchserve, MINUTES=10.
 test-faults: install
