@@ -103,15 +103,15 @@ def test_a_silence_may_be_as_long_as_the_groups_own_steps() -> None:
     fresh.begin(100.0)
     for tenth in range(1, 50):
         fresh.heard(100.0 + tenth / 10)
-    assert fresh.limit_s(105.0) == 2.0
+    assert fresh.limit_s(105.0) == 1.5
     fresh.heard(112.9)  # a step of eight seconds
     assert fresh.limit_s(113.0) == pytest.approx(16.0)
     fresh.heard(115.9)
     assert fresh.limit_s(116.0) == pytest.approx(16.0)
     assert fresh.limit_s(174.0) == pytest.approx(6.0)  # a minute later only the shorter one is remembered
-    assert fresh.limit_s(180.0) == 2.0
+    assert fresh.limit_s(180.0) == 1.5
     fresh.begin(200.0)
-    assert fresh.limit_s(200.0) == 2.0
+    assert fresh.limit_s(200.0) == 1.5
 
 
 def test_the_stopwatch_of_recoveries() -> None:
