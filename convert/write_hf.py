@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from tpserve.convert.hf_config import hf_name
 from tpserve.convert.layout import EMBEDDING
 from tpserve.convert.manifest import Manifest
 from tpserve.convert.meta_params import is_llama3
@@ -26,32 +27,6 @@ MAX_SHARD_BYTES = 5_000_000_000  # what `transformers` itself has long written
 INDEX_FILE = "model.safetensors.index.json"
 HEAD = "output.weight"
 _TIED = "tie_word_embeddings"
-# By the kinds of `model.plan`.
-HF_NAMES = {
-    "tok_embeddings.weight": "embed_tokens.weight",
-    "attention.wq.weight": "self_attn.q_proj.weight",
-    "attention.wk.weight": "self_attn.k_proj.weight",
-    "attention.wv.weight": "self_attn.v_proj.weight",
-    "attention.wo.weight": "self_attn.o_proj.weight",
-    "attention_norm.weight": "input_layernorm.weight",
-    "feed_forward.w1.weight": "mlp.gate_proj.weight",
-    "feed_forward.w2.weight": "mlp.down_proj.weight",
-    "feed_forward.w3.weight": "mlp.up_proj.weight",
-    "ffn_norm.weight": "post_attention_layernorm.weight",
-    "norm.weight": "norm.weight",
-    "output.weight": "lm_head.weight",
-}
-
-
-def hf_name(name: str) -> str:
-    """`layers.3.attention.wq.weight` → `model.layers.3.self_attn.q_proj.weight`.
-
-    Raises:
-        KeyError: no Llama has a parameter of that name.
-    """
-    kind = parameter_kind(name)
-    prefix = "" if kind == HEAD else "model."
-    return prefix + name.removesuffix(kind) + HF_NAMES[kind]
 
 
 def write_hf(
