@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(shell cksum < pyproject.toml | cut -d' ' -f1)
 
-.PHONY: install demo test test-faults soak test-clients check lint bench audit clean
+.PHONY: install demo demo-chat test test-faults soak test-clients check lint bench audit clean
 
 install: $(STAMP)
 
@@ -15,6 +15,10 @@ $(STAMP): pyproject.toml
 
 demo: install
 	$(BIN)/tpserve demo
+
+# A small instruct model, through its own chat template: a question, an answer. TP=3, FRONT=serve.
+demo-chat: install
+	$(BIN)/tpserve demo_chat --tensor_parallel_size $(or $(TP),2) --front $(or $(FRONT),torchserve)
 
 # Two at a time: half of the suite's time is waiting for processes to start.
 test: install

