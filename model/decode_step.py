@@ -2,7 +2,7 @@
 
 Few sequences (up to `linear.MAX_ROWS`) go through kernels that stream the weights; more through cuBLAS, with kernels in
 between. Over several ranks sums and logits are exchanged through each other's memory (`all_reduce.py`) while they are
-small, through NCCL when they are large or there is no such memory.
+small, by torch's two-shot all-reduce when they are larger, and through NCCL where there is no such memory.
 
 Shape suffixes: S rows of the step, D residual width, N rows of a joined matrix, H query and K key/value heads of this
 rank, E head width, F feed-forward width of this rank, V vocabulary, R, L, B as in `engine/rows.py`.
@@ -25,8 +25,10 @@ from tpserve.model.kv_cache import PagedKVCache
 from tpserve.model.llama import Llama, TransformerBlock
 from tpserve.model.parallel import TensorParallel
 from tpserve.model.plan import chunk_bounds
+from tpserve.model.symmetric_sum import SymmetricSum
 
-MAX_WORD_ROWS = 64  # sequences whose sums go through the ranks' memory; beyond, NCCL is as fast
+# Sums go as words (four times their bytes, once to every rank, but no barrier and no pass of their own) up to this.
+MAX_WORD_ROWS, MAX_WORD_BYTES = 64, 4 << 20
 MAX_SPLIT = 4  # terms that one rank may push of a sum, with up to 8 sequences
 
 
@@ -73,6 +75,7 @@ class DecodeStep:
         model: its weights are joined (`fuse`).
         cache, tp, tokens_RL, tables_RB: as for `FusedDecoder`.
         batch_sizes: S of the steps to come, ascending.
+        symmetric: adds up what is too large for words; None: NCCL does.
 
     Attributes:
         rows_S, positions_S: int64 input; position -1 is padding.
@@ -89,6 +92,7 @@ class DecodeStep:
         tokens_RL: torch.Tensor,
         tables_RB: torch.Tensor,
         batch_sizes: list[int],
+        symmetric: SymmetricSum | None = None,
     ) -> None:
         args, device, dtype = model.args, model.output.weight.device, model.output.weight.dtype
         self._cache, self._tp, self._tokens_RL, self._tables_RB = cache, tp, tokens_RL, tables_RB
@@ -112,7 +116,10 @@ class DecodeStep:
         self._normed = norm.Normed(residual_SD, zeros(rows, args.dim), sums, args.norm_eps)
         self._q_SHE, self._attended_SHE, self._act_SF = zeros(rows, h, e), zeros(rows, h, e), zeros(rows, f)
         self._wide = zeros(rows * max(len(first.wqkv_ND), 2 * f, len(self._head_VD)))
-        self._partial_SD = zeros(rows, args.dim)
+        self._symmetric = symmetric if symmetric is not None and symmetric.fits(rows) else None
+        self._partial_SD = zeros(rows, args.dim) if self._symmetric is None else self._symmetric.buffer(rows)
+        words = 8 * args.dim * max(1, tp.size - 1)
+        self._max_word_rows = min(MAX_WORD_ROWS, max(linear.MAX_ROWS, MAX_WORD_BYTES // words))
         self._share = chunk_bounds(args.vocab_size, tp.size)[0][1]
         self.logits_SV = zeros(rows, args.vocab_size, dtype=torch.float32)
         if tp.size > 1:
@@ -142,7 +149,7 @@ class DecodeStep:
             exchange = WordExchange(
                 self._tp,
                 self._count.device,
-                terms=max(8 * MAX_SPLIT, min(rows, MAX_WORD_ROWS)),
+                terms=max(8 * MAX_SPLIT, min(rows, self._max_word_rows)),
                 dim=d,
                 gathered=min(rows, linear.MAX_ROWS) * v,
                 per_step=self._per_step,
@@ -205,7 +212,7 @@ class DecodeStep:
         """residual += x @ wᵀ summed over the ranks; returns the parts of the new sums of squares."""
         if self._tp.size == 1 and tile is not None:
             return linear.add_product(x, w, self._normed, gain_D, s, tile, pdl=self._pdl)
-        words = self._exchange if s <= MAX_WORD_ROWS else None
+        words = self._exchange if s <= self._max_word_rows else None
         if words is not None and tile is not None:
             linear.push_product(x, w, words, s, index, tile, pdl=self._pdl)
             return words.add(self._normed, gain_D, s, index, tile.split, pdl=self._pdl)
@@ -213,7 +220,9 @@ class DecodeStep:
         if words is not None:
             words.push_matrix(partial, index)
             return words.add(self._normed, gain_D, s, index, 1, pdl=False)
-        if self._tp.size > 1:
+        if self._symmetric is not None:
+            self._symmetric.sum(partial)
+        elif self._tp.size > 1:
             dist.all_reduce(partial, group=self._tp.group)
         return norm.add(partial, self._normed, gain_D, pdl=self._pdl)
 

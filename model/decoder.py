@@ -18,6 +18,7 @@ from tpserve.model import kernels
 from tpserve.model.kv_cache import PagedKVCache
 from tpserve.model.llama import Llama
 from tpserve.model.parallel import TensorParallel
+from tpserve.model.symmetric_sum import SymmetricSum
 
 
 class FusedDecoder:
@@ -35,6 +36,7 @@ class FusedDecoder:
         tables_RB: int64 block tables.
         max_num_seqs: the largest batch.
         buckets: batch sizes; None: `default_buckets`.
+        symmetric: as for `DecodeStep`.
     """
 
     def __init__(
@@ -47,11 +49,12 @@ class FusedDecoder:
         *,
         max_num_seqs: int,
         buckets: Sequence[int] | None = None,
+        symmetric: SymmetricSum | None = None,
     ) -> None:
         from tpserve.model.decode_step import DecodeStep  # needs Triton
 
         self.buckets = sorted(set(buckets or default_buckets(max_num_seqs)))
-        self.step = DecodeStep(model, cache, tp, tokens_RL, tables_RB, self.buckets)
+        self.step = DecodeStep(model, cache, tp, tokens_RL, tables_RB, self.buckets, symmetric)
         self._device = tokens_RL.device
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
@@ -89,6 +92,12 @@ class FusedDecoder:
                 self.step.enqueue(bucket)
         current.wait_stream(self._stream)
         self._graphs[bucket] = graph
+
+    def enqueue_all(self) -> None:
+        """A step of padding of every bucket, so that `compiled_together` sees all kernels."""
+        self.step.positions_S.fill_(-1)
+        for bucket in self.buckets:
+            self.step.enqueue(bucket)
 
     def close(self) -> None:
         """Drops the graphs. Before the process group is destroyed: NCCL waits for all graphs that hold its kernels."""

@@ -3,15 +3,23 @@
 The same network as `Llama.forward`, on the joined weights of `decode_step.fuse`: cuBLAS's products, and between them
 one kernel each for residual add and norm, rotation and cache write, SiLU · up. The residual stream is float32.
 
+Over several ranks a sum of thousands of tokens takes a sixth of the step. So such a step's tokens are cut into two
+halves that take turns: while NCCL adds up the one's products, the device computes the other's. The second half's
+attention reads the keys that the first has just written, which the order of the launches sees to.
+
 Shape suffixes: T tokens, S sequences that decode (their tokens come first), P chunks of prompts, D residual width,
 H query and K key/value heads of this rank, E head width, N rows whose logits are asked for, V vocabulary.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import itertools
+from collections.abc import Generator
 
 import torch
+import torch.distributed as dist
 
 from tpserve.model.decode_step import FusedLayer
 from tpserve.model.kernels import pointwise, rows
@@ -27,6 +35,9 @@ from tpserve.model.kernels.rope import rope_and_write
 from tpserve.model.kv_cache import PagedKVCache
 from tpserve.model.llama import Llama
 from tpserve.model.parallel import TensorParallel
+from tpserve.model.symmetric_sum import SymmetricSum
+
+MIN_TOKENS_IN_TURNS = 2048  # of a step whose halves take turns; smaller products are slower than the sums they hide
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +54,33 @@ class Chunks:
     starts_P1: torch.Tensor
     contexts_P: torch.Tensor
 
+    def cut(self, lo: int, hi: int) -> Chunks:
+        """What of them lies in tokens lo … hi - 1, counted from lo; chunks elsewhere are left without tokens."""
+        starts = self.starts_P1.clamp(lo, hi)
+        before = starts[:-1] - self.starts_P1[:-1]
+        return Chunks(self.rows_P, starts - lo, self.contexts_P + before.clamp(min=0))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """Tokens that are computed together.
+
+    Attributes:
+        residual_TD: float32.
+        rows_T, positions_T, slots_T: int64, as for the step; slot -1: none.
+        num_decodes: S.
+        tiles: of the chunks' attention; None: there are none.
+        out_THE: where attention writes.
+    """
+
+    residual_TD: torch.Tensor
+    rows_T: torch.Tensor
+    positions_T: torch.Tensor
+    slots_T: torch.Tensor
+    num_decodes: int
+    tiles: torch.Tensor | None
+    out_THE: torch.Tensor
+
 
 class FusedForward:
     """Runs mixed steps.
@@ -53,12 +91,19 @@ class FusedForward:
         cache: where keys and values live.
         tp: this rank's place.
         tables_RB: int64 block tables.
+        symmetric: adds up the sums that fit it; None: NCCL does all.
     """
 
     def __init__(
-        self, model: Llama, layers: list[FusedLayer], cache: PagedKVCache, tp: TensorParallel, tables_RB: torch.Tensor
+        self,
+        model: Llama,
+        layers: list[FusedLayer],
+        cache: PagedKVCache,
+        tp: TensorParallel,
+        tables_RB: torch.Tensor,
+        symmetric: SymmetricSum | None = None,
     ) -> None:
-        self._model, self._layers, self._cache, self._tp = model, layers, cache, tp
+        self._model, self._layers, self._cache, self._tp, self._symmetric = model, layers, cache, tp, symmetric
         self._tables_RB = tables_RB
         self._head_dim = model.args.head_dim
         self._kv_heads = cache.k[0].shape[1]
@@ -87,40 +132,90 @@ class FusedForward:
         Returns:
             float32 logits [N, V], the same on every rank.
         """
-        model, eps, size = self._model, self._model.args.norm_eps, self._cache.block_size
-        h, e = self._heads, self._head_dim
-        decodes = slice(0, num_decodes)
-        lens_S = positions_T[decodes] + 1
+        model, size, t = self._model, self._cache.block_size, len(tokens_T)
         slots_T = self._tables_RB[rows_T, positions_T // size] * size + positions_T % size
         slots_T = torch.where(positions_T < 0, -1, slots_T)
-        scratch, splits = self._scratch(num_decodes)
         residual_TD = model.tok_embeddings(tokens_T).float()
-        tiles = None if chunks is None else prefill_tiles(
-            chunks.rows_P, chunks.starts_P1, chunks.contexts_P, len(tokens_T), h, self._kv_heads, e,
-            model.output.weight.dtype,
-        )  # fmt: skip
+        out_THE = self._layers[0].wo_DN.new_empty(t, self._heads, self._head_dim)
+
+        def part(lo: int, hi: int, cut: Chunks | None) -> _Part:
+            tiles = None if cut is None else prefill_tiles(
+                cut.rows_P, cut.starts_P1, cut.contexts_P, hi - lo, self._heads, self._kv_heads, self._head_dim,
+                out_THE.dtype,
+            )  # fmt: skip
+            return _Part(
+                residual_TD[lo:hi], rows_T[lo:hi], positions_T[lo:hi], slots_T[lo:hi], num_decodes if lo == 0 else 0,
+                tiles, out_THE[lo:hi],
+            )  # fmt: skip
+
+        middle = t // 256 * 128
+        if self._tp.size > 1 and chunks is not None and t >= MIN_TOKENS_IN_TURNS and num_decodes <= middle:
+            parts = [part(0, middle, chunks.cut(0, middle)), part(middle, t, chunks.cut(middle, t))]
+        else:
+            parts = [part(0, t, chunks)]
+        self._take_turns([self._layers_of(each) for each in parts])
+        if rows_N is not None:  # of the other tokens, only keys and values were wanted
+            out_THE, residual_TD = out_THE[rows_N], residual_TD[rows_N]
+        last, eps = self._layers[-1], model.args.norm_eps
+        y_ND = self._sum(self._product(out_THE.flatten(1), last.wo_DN))
+        act_NF = self._feed_forward(y_ND, residual_TD, last)
+        y_ND = self._sum(self._product(act_NF, last.w2_DF))
+        x_ND = rows.add_norm(y_ND, residual_TD, model.norm.weight, eps)
+        return model.gather(x_ND @ model.output.weight.t()).float()
+
+    def _layers_of(self, part: _Part) -> Generator[torch.Tensor]:
+        """All up to the last layer's attention; goes on after what it yields is summed over the ranks."""
+        eps, size, decodes = self._model.args.norm_eps, self._cache.block_size, slice(0, part.num_decodes)
+        lens_S = part.positions_T[decodes] + 1
+        scratch, splits = self._scratch(part.num_decodes)
         y_TD: torch.Tensor | None = None
         for i, (layer, k_cache, v_cache) in enumerate(zip(self._layers, self._cache.k, self._cache.v, strict=True)):
-            qkv_TN = rows.add_norm(y_TD, residual_TD, layer.attention_norm_D, eps) @ layer.wqkv_ND.t()
-            q_THE, out_THE = (qkv_TN.new_empty(len(qkv_TN), h, e) for _ in range(2))
-            rope_and_write(qkv_TN, q_THE, k_cache, v_cache, model.rope_PC2, positions_T, slots_T)
+            qkv_TN = rows.add_norm(y_TD, part.residual_TD, layer.attention_norm_D, eps) @ layer.wqkv_ND.t()
+            q_THE = torch.empty_like(part.out_THE)
+            rope_and_write(qkv_TN, q_THE, k_cache, v_cache, self._model.rope_PC2, part.positions_T, part.slots_T)
             if scratch is not None:
                 paged_decode_attention(
-                    q_THE[decodes], k_cache, v_cache, self._tables_RB, rows_T[decodes], lens_S, out_THE[decodes],
-                    scratch, block_size=size, num_splits=splits,
+                    q_THE[decodes], k_cache, v_cache, self._tables_RB, part.rows_T[decodes], lens_S,
+                    part.out_THE[decodes], scratch, block_size=size, num_splits=splits,
                 )  # fmt: skip
-            if tiles is not None:
-                paged_prefill_attention(q_THE, k_cache, v_cache, self._tables_RB, tiles, out_THE, block_size=size)
-            if rows_N is not None and i == len(self._layers) - 1:  # of the others, only keys and values were wanted
-                out_THE, residual_TD = out_THE[rows_N], residual_TD[rows_N]
-            y_TD = self._sum(out_THE.flatten(1) @ layer.wo_DN.t())
-            wide_TN = rows.add_norm(y_TD, residual_TD, layer.ffn_norm_D, eps) @ layer.w13_ND.t()
-            act_TF = wide_TN.new_empty(len(wide_TN), wide_TN.shape[1] // 2)
-            pointwise.silu_mul(wide_TN, act_TF)
-            y_TD = self._sum(act_TF @ layer.w2_DF.t())
-        assert y_TD is not None
-        x_ND = rows.add_norm(y_TD, residual_TD, model.norm.weight, eps)
-        return model.gather(x_ND @ model.output.weight.t()).float()
+            if part.tiles is not None:
+                paged_prefill_attention(
+                    q_THE, k_cache, v_cache, self._tables_RB, part.tiles, part.out_THE, block_size=size
+                )
+            if i == len(self._layers) - 1:
+                return
+            y_TD = self._product(part.out_THE.flatten(1), layer.wo_DN)
+            yield y_TD
+            y_TD = self._product(self._feed_forward(y_TD, part.residual_TD, layer), layer.w2_DF)
+            yield y_TD
+
+    def _feed_forward(self, y_TD: torch.Tensor, residual_TD: torch.Tensor, layer: FusedLayer) -> torch.Tensor:
+        """Adds y to the residual stream; SiLU(gate) · up of its norm, [T, F]."""
+        wide_TN = rows.add_norm(y_TD, residual_TD, layer.ffn_norm_D, self._model.args.norm_eps) @ layer.w13_ND.t()
+        act_TF = wide_TN.new_empty(len(wide_TN), wide_TN.shape[1] // 2)
+        pointwise.silu_mul(wide_TN, act_TF)
+        return act_TF
+
+    def _take_turns(self, parts: list[Generator[torch.Tensor]]) -> None:
+        """Runs them to their ends; a sum of one is under way while the next computes."""
+        if len(parts) == 1:
+            for y_TD in parts[0]:
+                self._sum(y_TD)
+            return
+        turns: collections.deque[tuple[Generator[torch.Tensor], dist.Work | None]]
+        turns = collections.deque((part, None) for part in parts)
+        while turns:
+            part, work = turns.popleft()
+            if work is not None:
+                work.wait()  # the stream waits, not this process
+            for y_TD in itertools.islice(part, 1):
+                turns.append((part, dist.all_reduce(y_TD, group=self._tp.group, async_op=True)))
+
+    def _product(self, x_TN: torch.Tensor, w_DN: torch.Tensor) -> torch.Tensor:
+        """A rank's share of a sum, where it can be added up."""
+        if self._symmetric is not None and self._symmetric.fits(len(x_TN)):
+            return torch.mm(x_TN, w_DN.t(), out=self._symmetric.buffer(len(x_TN)))
+        return x_TN @ w_DN.t()
 
     @torch.no_grad()
     def compile(self) -> None:
@@ -135,6 +230,8 @@ class FusedForward:
             self(none, none, torch.full_like(none, -1), num_decodes, chunks, None)
 
     def _sum(self, y_TD: torch.Tensor) -> torch.Tensor:
+        if self._symmetric is not None and self._symmetric.fits(len(y_TD)):
+            return self._symmetric.sum(y_TD)
         return self._tp.all_reduce(y_TD) if self._tp.size > 1 else y_TD
 
     def _scratch(self, num_decodes: int) -> tuple[DecodeScratch | None, int]:

@@ -26,6 +26,7 @@ from tpserve.model.kv_cache import PagedKVCache
 from tpserve.model.llama import Llama
 from tpserve.model.parallel import TensorParallel
 from tpserve.model.quantized import is_quantized
+from tpserve.model.symmetric_sum import SymmetricSum
 
 # Smaller models stay in the processor's caches, and a step is made of launches.
 WORTH_COMPILING_BYTES = 64 << 20
@@ -152,14 +153,18 @@ class FusedNetwork:
         from tpserve.model.decode_step import fuse
         from tpserve.model.fused_forward import Chunks, FusedForward
 
-        self._tokens_RL, self._chunks = tokens_RL, Chunks
+        self._tokens_RL, self._chunks, self._tp_size = tokens_RL, Chunks, tp.size
+        weight = model.output.weight
+        symmetric = SymmetricSum.make(tp, max(BUCKETS[-1], max_num_seqs), model.args.dim, weight.dtype, weight.device)
         self._decoder: FusedDecoder | None = None
         if graphs:
-            self._decoder = FusedDecoder(model, cache, tp, tokens_RL, tables_RB, max_num_seqs=max_num_seqs)
+            self._decoder = FusedDecoder(
+                model, cache, tp, tokens_RL, tables_RB, max_num_seqs=max_num_seqs, symmetric=symmetric
+            )
             layers = self._decoder.step.layers
         else:
             layers = [fuse(block) for block in model.layers]  # type: ignore[arg-type]
-        self._forward = FusedForward(model, layers, cache, tp, tables_RB)
+        self._forward = FusedForward(model, layers, cache, tp, tables_RB, symmetric)
         self._chunk_graphs = ChunkGraphs(self._forward, tokens_RL, model.args.vocab_size) if graphs else None
         self._chunk_buckets = BUCKETS
 
@@ -184,7 +189,14 @@ class FusedNetwork:
 
     def warm_up(self) -> None:
         """Compiles what mixed steps need, and captures the graphs, largest first: they share pools of memory."""
+        from tpserve.model.kernels.precompile import compiled_together
+
         started_s = time.monotonic()
+        # Ranks of other machines are few enough not to matter here.
+        with compiled_together(self._tokens_RL.device, self._tp_size):
+            self._forward.compile()
+            if self._decoder is not None:
+                self._decoder.enqueue_all()
         self._forward.compile()
         compiled_s = time.monotonic()
         if self._decoder is not None:

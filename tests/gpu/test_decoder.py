@@ -18,12 +18,13 @@ import torch.distributed as dist
 
 from tests.gpu.conftest import SEED
 from tpserve.model.args import ModelArgs
-from tpserve.model.attention import PagedAttention
+from tpserve.model.attention import PagedAttention, SequenceSlice
 from tpserve.model.decoder import FusedDecoder, default_buckets
 from tpserve.model.kv_cache import PagedKVCache
 from tpserve.model.llama import Llama
 from tpserve.model.parallel import TensorParallel, num_kv_heads, shard
 from tpserve.model.rope import rope_table
+from tpserve.model.symmetric_sum import SymmetricSum
 
 pytestmark = [
     pytest.mark.gpu,
@@ -62,9 +63,11 @@ class Setup:
         self.tokens_RL = torch.randint(args.vocab_size, (ROWS, MAX_LEN), generator=seeded).to(device)
         self.tables_RB = torch.randperm(blocks, generator=seeded).view(ROWS, -1).to(device)
         self.model, self.device = model, device
+        self.symmetric = SymmetricSum.make(tp, 1024, args.dim, torch.bfloat16, device)
         self.decoder = FusedDecoder(
-            model, self.cache, tp, self.tokens_RL, self.tables_RB, max_num_seqs=ROWS, buckets=buckets
-        )
+            model, self.cache, tp, self.tokens_RL, self.tables_RB, max_num_seqs=ROWS, buckets=buckets,
+            symmetric=self.symmetric,
+        )  # fmt: skip
 
     def batch(self, n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """Random rows, each once, at random positions."""
@@ -204,6 +207,50 @@ def soak(setup: Setup, tp: TensorParallel, exchanges: int) -> None:
     assert not wrong.item(), f"{wrong.item()} steps differed"
 
 
+class MixedStep:
+    """Eight sequences that decode and `chunks` prompts of 40 tokens; the fused network's logits and the plain one's."""
+
+    def __init__(self, setup: Setup, tp: TensorParallel, chunks: int) -> None:
+        from tpserve.model.fused_forward import Chunks, FusedForward
+
+        one, chunk = torch.arange(8), torch.arange(8, 8 + chunks)
+        contexts = chunk * 13 % 200
+        rows = torch.cat([one, chunk.repeat_interleave(40)]).to(setup.device)
+        after = contexts[:, None] + torch.arange(40)
+        positions = torch.cat([one * 30 + 5, after.flatten()]).to(setup.device)
+        starts = (8 + 40 * torch.arange(chunks + 1)).to(setup.device)
+        asked = torch.cat([one.to(setup.device), starts[1:] - 1])
+        attend = PagedAttention(
+            setup.cache, setup.tables_RB, rows, positions, (one * 30 + 6).tolist(),
+            [SequenceSlice(context, 40) for context in contexts.tolist()],
+        )  # fmt: skip
+        inputs = setup.tokens_RL[rows, positions]
+        forward = FusedForward(
+            setup.model, setup.decoder.step.layers, setup.cache, tp, setup.tables_RB, setup.symmetric
+        )  # fmt: skip
+        cut = Chunks(chunk.to(setup.device), starts, contexts.to(setup.device))
+        self.plain = lambda: setup.model(inputs, positions, attend, asked)
+        self.before = setup.contents()
+        with torch.no_grad():
+            self.fused = forward(inputs, rows, positions, 8, cut, asked)
+            for _ in range(3):
+                assert torch.equal(forward(inputs, rows, positions, 8, cut, asked), self.fused)
+            self.half = self.plain()
+        every = [torch.empty_like(self.fused) for _ in range(tp.size)]
+        dist.all_gather(every, self.fused)
+        assert all(torch.equal(other, self.fused) for other in every), f"{chunks} chunks: the ranks differ"
+
+    @torch.no_grad()
+    def check(self, setup: Setup) -> None:
+        """Against float32, to which model and cache have been turned."""
+        assert setup.cache.k[0].dtype == torch.float32
+        setup.restore(self.before)
+        reference = self.plain()
+        fused, plain = ((x - reference).norm() / reference.norm() for x in (self.fused, self.half))
+        assert fused < 1.2 * plain, f"{fused:.4f}, the plain network {plain:.4f}"
+        assert plain < 0.05
+
+
 def rank_main() -> None:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
@@ -222,7 +269,11 @@ def rank_main() -> None:
             dist.all_gather(every, logits)
             assert all(torch.equal(other, logits) for other in every), f"{n} sequences: the ranks differ"
         soak(setup, tp, int(os.environ.get("TPSERVE_SOAK_EXCHANGES", "20000")))
+        # Sums in memory that all ranks reach; halves that take turns, a chunk on both sides of the cut.
+        mixed = [MixedStep(setup, tp, chunks) for chunks in (10, 64)]
         check_logits(setup, [1, 3, 8, 20, 50, 70])
+        for step in mixed:
+            step.check(setup)
         setup.decoder.close()
     dist.barrier()
     dist.destroy_process_group()

@@ -1,0 +1,52 @@
+"""Compiles many kernels at a time: Triton compiles at a kernel's first launch, one after the other.
+
+Inside `compiled_together` a launch of a kernel that is not compiled yet is left out and noted instead; when it ends,
+all that were noted are compiled by a pool of threads (Triton lets go of the interpreter's lock for most of it). What
+runs there must therefore not look at what kernels compute. The noted launches come from Triton's own hook, which hands
+out what `JITFunction.preload` takes.
+"""
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+import triton
+
+MAX_THREADS = 16
+
+logger = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def compiled_together(device: torch.device, ranks_here: int = 1) -> Iterator[None]:
+    """See above; a kernel that does not compile so is left for its first launch.
+
+    Args:
+        device: of the kernels.
+        ranks_here: processes of this machine that do the same at the same time.
+    """
+    noted: dict[tuple[int, str], tuple[Any, str]] = {}
+
+    def note(*, fn, compile, **_rest) -> bool:
+        data = compile["specialization_data"]
+        noted[id(fn.jit_function), data] = (fn.jit_function, data)
+        return True  # do not compile now, and do not launch
+
+    before = triton.knobs.runtime.jit_cache_hook
+    triton.knobs.runtime.jit_cache_hook = note
+    try:
+        yield
+    finally:
+        triton.knobs.runtime.jit_cache_hook = before
+    threads = max(1, min(MAX_THREADS, len(noted), (os.cpu_count() or 1) // ranks_here))
+    with ThreadPoolExecutor(threads, initializer=torch.cuda.set_device, initargs=(device,)) as pool:
+        for function, done in [(function, pool.submit(function.preload, data)) for function, data in noted.values()]:
+            if done.exception() is not None:
+                logger.info("%s is compiled when it is first used: %s", function.__name__, done.exception())
