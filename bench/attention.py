@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tpserve.bench.convert_memory import write_result
+from tpserve.bench.record import write_result
 from tpserve.model.kernels.paged_attention import choose_splits, decode_scratch, paged_decode_attention
 from tpserve.model.kernels.prefill_attention import paged_prefill_attention, prefill_tiles
 

@@ -26,7 +26,7 @@ from typing import Any
 import fire
 import numpy as np
 
-from tpserve.bench.convert_memory import write_result
+from tpserve.bench.record import write_result
 from tpserve.bench.streams import DEMO_MODEL, Stream, converted, engine, percentiles_ms
 from tpserve.engine.client import EngineClient
 from tpserve.engine.config import EngineConfig

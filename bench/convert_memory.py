@@ -10,20 +10,18 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import fire
 import torch
 
+from tpserve.bench.record import write_result
+
 LIMIT_MIB = 700
-RESULTS = Path(__file__).resolve().parent / "results"
 _SHARDS = 2
 _DIM, _FFN_DIM = 4096, 11008
 _PARAMS = {"dim": _DIM, "n_heads": 32, "multiple_of": 256, "norm_eps": 1e-5, "vocab_size": -1}
@@ -107,37 +105,6 @@ def _memory_kib(pid: int) -> dict[str, int]:
         return {}
     wanted = ("VmRSS:", "VmHWM:", "RssAnon:", "RssFile:")
     return {line.split(":")[0]: int(line.split()[1]) for line in lines if line.startswith(wanted)}
-
-
-def write_result(name: str, command: str, figures: dict[str, Any]) -> None:
-    """Prints the figures as a table and writes `bench/results/NAME.json`: command, commit, machine, figures."""
-    for key, value in figures.items():
-        print(f"{key:<28} {value}")
-    here = Path(__file__).resolve().parent
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, check=False
-    )
-    memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    result = {
-        "command": command,
-        "commit": git.stdout.strip() or "unknown",
-        "machine": {
-            "system": platform.platform(),
-            "cpu": _cpu_name(),
-            "cores": os.cpu_count(),
-            "memory_gib": round(memory_gib, 1),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-        },
-        "figures": figures,
-    }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
-
-
-def _cpu_name() -> str:
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return names[0].partition(": ")[2] if names else platform.machine()
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ from typing import Any
 import fire
 import numpy as np
 
-from tpserve.bench.convert_memory import write_result
 from tpserve.bench.engine_runs import MODELS, Engine
+from tpserve.bench.record import write_result
 from tpserve.model.args import ModelArgs
 
 _PROMPT, _SHORT = 128, 8

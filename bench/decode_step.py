@@ -16,7 +16,7 @@ import fire
 import torch
 import torch.distributed as dist
 
-from tpserve.bench.convert_memory import write_result
+from tpserve.bench.record import write_result
 from tpserve.model.args import ModelArgs
 from tpserve.model.attention import PagedAttention
 from tpserve.model.decoder import FusedDecoder

@@ -18,7 +18,7 @@ from typing import Any
 
 import fire
 
-from tpserve.bench.convert_memory import write_result
+from tpserve.bench.record import write_result
 from tpserve.convert.convert import convert
 from tpserve.engine.client import EngineClient
 from tpserve.engine.config import EngineConfig

@@ -19,9 +19,6 @@ alone; blocks were left allocated; or nothing was preempted.
 from __future__ import annotations
 
 import contextlib
-import csv
-import dataclasses
-import datetime
 import random
 import time
 from pathlib import Path
@@ -30,7 +27,8 @@ from typing import Any
 import fire
 import numpy as np
 
-from tpserve.bench.convert_memory import write_result
+from tpserve.bench.record import write_result
+from tpserve.bench.serve_arrivals import Arrival, read_trace
 from tpserve.bench.streams import DEMO_MODEL, Stream, converted, engine, percentiles_ms, settled_heartbeat
 from tpserve.engine.client import EngineClient
 from tpserve.engine.config import EngineConfig
@@ -44,34 +42,6 @@ _HOW: tuple[dict[str, Any], ...] = (
     {"repetition_penalty": 1.1},
     {"temperature": 1.0, "top_p": 0.9, "top_k": 50},
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Arrival:
-    """One line of a trace: seconds after the first one, and lengths in tokens."""
-
-    at_s: float
-    num_prompt_tokens: int
-    num_output_tokens: int
-
-
-def read_trace(
-    path: Path, num_requests: int, shrink_prompts: float, shrink_outputs: float, max_seq_len: int
-) -> list[Arrival]:
-    """The first lines of a trace, with lengths divided: at least 1 token, together at most the context."""
-    arrivals: list[Arrival] = []
-    start: datetime.datetime | None = None
-    with path.open(newline="", encoding="utf-8") as f:
-        for row in csv.DictReader(f):
-            at = datetime.datetime.fromisoformat(row["TIMESTAMP"][:26])  # the seventh digit is below a microsecond
-            start = at if start is None else start
-            num_output_tokens = max(1, min(round(int(row["GeneratedTokens"]) / shrink_outputs), max_seq_len - 1))
-            num_prompt_tokens = max(1, round(int(row["ContextTokens"]) / shrink_prompts))
-            num_prompt_tokens = min(num_prompt_tokens, max_seq_len - num_output_tokens)
-            arrivals.append(Arrival((at - start).total_seconds(), num_prompt_tokens, num_output_tokens))
-            if len(arrivals) == num_requests:
-                return arrivals
-    raise ValueError(f"{path} has {len(arrivals)} requests, {num_requests} are asked")
 
 
 def streams_of(arrivals: list[Arrival], vocab_size: int, seed: int) -> list[Stream]:

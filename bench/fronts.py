@@ -28,8 +28,8 @@ from typing import Any
 
 import fire
 
-from tpserve.bench.convert_memory import write_result
 from tpserve.bench.engine_runs import MODELS
+from tpserve.bench.record import write_result
 from tpserve.bench.streams import DEMO_MODEL, Stream
 from tpserve.convert.convert import convert
 from tpserve.engine.client import EngineClient

@@ -23,8 +23,8 @@ from typing import Any
 import fire
 import torch
 
-from tpserve.bench.convert_memory import write_result
 from tpserve.bench.engine_runs import Engine, floor_ms, latency, throughput
+from tpserve.bench.record import write_result
 
 Key = tuple[str, int, int]  # kind, batch, tokens in
 

@@ -21,6 +21,8 @@ from typing import Any
 
 import fire
 
+from tpserve.bench.record import write_result
+
 LIBRARIES = ("llguidance", "xgrammar")
 DEMO = Path(__file__).resolve().parents[1] / "model_store" / "demo" / "tokenizer.model"
 _TEXT = {"type": "string"}
@@ -86,8 +88,6 @@ def main(tokenizer: str = str(DEMO)) -> None:
     Args:
         tokenizer: a SentencePiece model file.
     """
-    from tpserve.bench.convert_memory import write_result  # imports torch, which the children are watched for
-
     figures: dict[str, dict[str, Any]] = {}
     for library in LIBRARIES:
         if importlib.util.find_spec(library) is None:

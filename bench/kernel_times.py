@@ -19,9 +19,9 @@ import fire
 import torch
 import torch.distributed as dist
 
-from tpserve.bench.convert_memory import write_result
 from tpserve.bench.decode_step import MODELS, random_model
 from tpserve.bench.engine_runs import floor_ms
+from tpserve.bench.record import write_result
 from tpserve.model.attention import SequenceSlice
 from tpserve.model.kv_cache import PagedKVCache
 from tpserve.model.network import FusedNetwork, StepInputs

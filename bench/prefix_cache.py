@@ -20,7 +20,7 @@ from typing import Any
 
 import fire
 
-from tpserve.bench.convert_memory import write_result
+from tpserve.bench.record import write_result
 from tpserve.bench.streams import DEMO_MODEL, Stream, converted, engine, percentiles_ms, settled_heartbeat
 from tpserve.engine.client import EngineClient
 from tpserve.engine.config import EngineConfig

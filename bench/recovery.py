@@ -17,8 +17,8 @@ from typing import Any
 
 import fire
 
-from tpserve.bench.convert_memory import write_result
 from tpserve.bench.engine_runs import MODELS
+from tpserve.bench.record import write_result
 from tpserve.bench.streams import converted, engine
 from tpserve.engine.client import EngineClient
 from tpserve.engine.config import EngineConfig

@@ -13,6 +13,7 @@ import pytest
 
 from tests.helpers.data import shared_data
 from tpserve.bench import engine_trace, prefix_cache
+from tpserve.bench.serve_arrivals import read_trace
 from tpserve.bench.streams import Stream, engine, settled_heartbeat
 from tpserve.engine.client import EngineClient
 from tpserve.engine.config import EngineConfig
@@ -69,7 +70,7 @@ def blocks_in_use(client: EngineClient) -> list[int]:
 @pytest.mark.slow
 def test_a_thousand_requests_of_a_real_trace_on_too_small_a_cache(group: EngineClient) -> None:
     trace = shared_data("traces") / "AzureLLMInferenceTrace_conv.csv"
-    arrivals = engine_trace.read_trace(trace, 1000, shrink_prompts=64, shrink_outputs=10, max_seq_len=512)
+    arrivals = read_trace(trace, 1000, shrink_prompts=64, shrink_outputs=10, max_seq_len=512)
     streams = engine_trace.streams_of(arrivals, VOCAB_SIZE, seed=1)
     before = settled_heartbeat(group).num_preemptions
     engine_trace.replay(group, streams, arrivals, squeeze=arrivals[-1].at_s / 10)
