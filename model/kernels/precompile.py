@@ -1,9 +1,9 @@
 """Compiles many kernels at a time: Triton compiles at a kernel's first launch, one after the other.
 
-Inside `compiled_together` a launch of a kernel that is not compiled yet is left out and noted instead; when it ends,
-all that were noted are compiled by a pool of threads (Triton lets go of the interpreter's lock for most of it). What
-runs there must therefore not look at what kernels compute. The noted launches come from Triton's own hook, which hands
-out what `JITFunction.preload` takes.
+Inside `compiled_together` no kernel is launched (what one left out would have written, the next would read); those that
+are not compiled yet are noted. When it ends, all that were noted are compiled by a pool of threads: Triton lets go of
+the interpreter's lock for most of it. What runs there must not look at what kernels compute. The noted come from
+Triton's own hook, which hands out what `JITFunction.preload` takes; `run` is told to warm up only.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 
@@ -37,14 +37,17 @@ def compiled_together(device: torch.device, ranks_here: int = 1) -> Iterator[Non
     def note(*, fn, compile, **_rest) -> bool:
         data = compile["specialization_data"]
         noted[id(fn.jit_function), data] = (fn.jit_function, data)
-        return True  # do not compile now, and do not launch
+        return True  # not now
 
-    before = triton.knobs.runtime.jit_cache_hook
-    triton.knobs.runtime.jit_cache_hook = note
+    def only_warm_up(self, *args, grid, warmup, **kwargs):
+        return run(self, *args, grid=grid, warmup=True, **kwargs)
+
+    run, before = triton.runtime.JITFunction.run, triton.knobs.runtime.jit_cache_hook
+    triton.runtime.JITFunction.run, triton.knobs.runtime.jit_cache_hook = only_warm_up, note
     try:
         yield
     finally:
-        triton.knobs.runtime.jit_cache_hook = before
+        triton.runtime.JITFunction.run, triton.knobs.runtime.jit_cache_hook = run, before
     threads = max(1, min(MAX_THREADS, len(noted), (os.cpu_count() or 1) // ranks_here))
     with ThreadPoolExecutor(threads, initializer=torch.cuda.set_device, initargs=(device,)) as pool:
         for function, done in [(function, pool.submit(function.preload, data)) for function, data in noted.values()]:
