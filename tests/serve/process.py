@@ -43,6 +43,7 @@ class Served:
                 env={**os.environ, **(env or {})},
             )
         self.port = 0
+        self.timeout_s = 30.0  # of a request
         self.pids: list[int] = [self.process.pid]
 
     def wait_until_ready(self, timeout_s: float = 60.0) -> str:
@@ -81,7 +82,9 @@ class Served:
         self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None
     ) -> Iterator[http.client.HTTPResponse]:
         """Sends one request; yields the response when its headers are there."""
-        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)) as connection:
+        with contextlib.closing(
+            http.client.HTTPConnection("127.0.0.1", self.port, timeout=self.timeout_s)
+        ) as connection:
             encoded = None if body is None else json.dumps(body).encode()
             connection.request(method, path, encoded, {"Content-Type": "application/json", **(headers or {})})
             with connection.getresponse() as response:
