@@ -2,8 +2,8 @@
 
 Weights are random, at the real shapes, made on the device. Several ranks: `torchrun --nproc-per-node 4 -m
 tpserve.bench.decode_step --model 70B --tp 4`. First a model of two layers is checked against float32; then whole steps
-are timed at each batch and context. The floor is the time to read the weights (without the embedding) and the keys and
-values once at `_BYTES_PER_S`, what an H200's memory gives to a copy.
+are timed at each batch and context. The floor is that of `roofline`, by the ceilings that this device is measured to
+have before.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import fire
 import torch
 import torch.distributed as dist
 
+from tpserve.bench import roofline
 from tpserve.bench.record import write_result
 from tpserve.model.args import ModelArgs
 from tpserve.model.attention import PagedAttention
@@ -31,7 +32,6 @@ MODELS = {
     "70B": ModelArgs(8192, 80, 64, 8, 32000, 28672),
     "8B": ModelArgs(4096, 32, 32, 8, 128256, 14336, rope_theta=500000.0),
 }
-_BYTES_PER_S = 4.24e12
 _BLOCK_SIZE = 16
 MAX_TOKENS = 256 * 768  # of the cache, which must fit beside the weights; larger pairs are left out
 
@@ -62,6 +62,7 @@ def main(
         raise SystemExit(f"--tp {tp} needs as many ranks: torchrun --nproc-per-node {tp} -m tpserve.bench.decode_step")
     batches, contexts = ((x,) if isinstance(x, int) else tuple(x) for x in (batch, context))
     figures: dict[str, float] = {}
+    ceilings = roofline.measure(device, "bfloat16")
     if check:
         for n in batches:
             setup = Setup(model, group, device, layers=2, batch=n, context=200)
@@ -76,9 +77,10 @@ def main(
                 continue
             ms = setup.time_ms(n, c)
             name = f"b{n}_ctx{c}"
+            judged = roofline.judge(roofline.decode(setup.args, tp, n, c, 2), ceilings, ms)
             if group.rank == 0:
-                print(f"{model} TP{tp} {name}: {ms:.3f} ms, {setup.floor_ms(n, c) / ms:.1%} of the floor", flush=True)
-            figures |= {f"{name}_ms": round(ms, 3), f"{name}_of_floor": round(setup.floor_ms(n, c) / ms, 3)}
+                print(f"{model} TP{tp} {roofline.line(name, judged)}", flush=True)
+            figures |= {f"{name}_ms": round(ms, 3), f"{name}_of_floor": round(judged["share"], 3)}
     if group.rank == 0:
         gpu = torch.cuda.get_device_name(device).replace(" ", "-")
         lists = (",".join(map(str, values)) for values in (batches, contexts))
@@ -176,12 +178,6 @@ class Setup:
         if self.group.size > 1:
             dist.all_reduce(slowest, dist.ReduceOp.MAX)
         return float(slowest)
-
-    def floor_ms(self, n: int, context: int) -> float:
-        """Time to read this rank's weights and the sequences' keys and values once."""
-        weights = sum(p.numel() for p in self.model.parameters()) - self.model.tok_embeddings.weight.numel()
-        keys = 2 * self.args.n_layers * n * context * self.cache.k[0][0].numel()
-        return 2 * (weights + keys) / _BYTES_PER_S * 1e3
 
 
 def random_model(args: ModelArgs, group: TensorParallel, device: torch.device, max_len: int) -> Llama:

@@ -1,10 +1,10 @@
-"""Latency and throughput of the whole engine at a model's real shapes, with random weights, for `gpu` and `cpu`.
+"""Latency and throughput of the whole engine, for `gpu`, `cpu` and `offline`: at a model's real shapes with random
+weights, or of a checkpoint.
 
 Random prompts, greedy, no EOS; client, sockets, scheduler, paged cache and sampler are those that serve. The method is
 that of the peer's benchmark: time to first token is the fastest of four runs of one token; a step is the difference to
 the fastest of two runs of `new` tokens, divided by the steps between; throughput is all output tokens by the time from
-the first submission to the last token. A floor is what the weights without the embedding, and the KV that a step reads,
-take at the memory's bandwidth.
+the first submission to the last token. `roofline` says what each could have taken.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tpserve.convert.describe import describe
 from tpserve.engine.client import EngineClient
 from tpserve.engine.config import EngineConfig
 from tpserve.engine.protocol import RequestOutput
@@ -65,21 +66,33 @@ class Engine:
     """The engine under measurement.
 
     Args:
-        model: a key of `MODELS`.
+        model: a key of `MODELS`, or a checkpoint of any form.
         tp: ranks.
         dtype: of weights and activations.
-        options: further configuration.
+        options: further configuration, over what is set here.
+
+    Attributes:
+        args: the model's shape.
+        start_s: from nothing to the first token.
     """
 
     def __init__(self, model: str, tp: int, dtype: str, **options: Any) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="tpserve-bench-")
-        self.args = ModelArgs.from_params(MODELS[model])
-        CheckpointInfo(self.args, "bfloat16").write(Path(self._folder.name))
+        checkpoint, load_format = model, "auto"
+        if model in MODELS:
+            self.args = ModelArgs.from_params(MODELS[model])
+            CheckpointInfo(self.args, "bfloat16").write(Path(self._folder.name))
+            checkpoint, load_format = self._folder.name, "dummy"
+        else:
+            self.args = describe(Path(model)).args
         self._rng = random.Random(0)
+        settings = {
+            "standby": False, "max_seq_len": 2048, "max_num_seqs": 256, "max_num_batched_tokens": 8192,
+            "enable_prefix_caching": False, **options,
+        }  # fmt: skip
         config = EngineConfig(
-            checkpoint_dir=self._folder.name, standby=False, load_format="dummy", tensor_parallel_size=tp, dtype=dtype,
-            max_seq_len=2048, max_num_seqs=256, max_num_batched_tokens=8192, enable_prefix_caching=False, **options,
-        )  # fmt: skip
+            checkpoint_dir=checkpoint, load_format=load_format, tensor_parallel_size=tp, dtype=dtype, **settings
+        )
         started_s = time.monotonic()
         self.client = EngineClient(config)
         self.info = self.client.start()
@@ -119,12 +132,3 @@ def throughput(engine: Engine, requests: int, prompt_tokens: int, new: int) -> d
     elapsed_s = engine.run(requests, prompt_tokens, new)
     return {"kind": "thr", "batch": requests, "in": prompt_tokens, "out": new, "ttft_ms": 0.0, "step_ms": 0.0,
             "tokens_per_s": requests * new / elapsed_s}  # fmt: skip
-
-
-def floor_ms(args: ModelArgs, tp: int, batch: int, context: int, bandwidth: float, itemsize: int) -> float:
-    """What a step's weights and KV take to read."""
-    heads = args.n_heads + 2 * args.n_kv_heads
-    layer = args.dim * (heads * args.head_dim + args.n_heads * args.head_dim + 3 * args.ffn_hidden_dim)
-    weights = args.n_layers * layer + args.vocab_size * args.dim
-    kv = 2 * args.n_layers * batch * context * args.n_kv_heads * args.head_dim
-    return 1e3 * itemsize * (weights + kv) / tp / bandwidth

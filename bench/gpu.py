@@ -23,7 +23,8 @@ from typing import Any
 import fire
 import torch
 
-from tpserve.bench.engine_runs import Engine, floor_ms, latency, throughput
+from tpserve.bench import roofline
+from tpserve.bench.engine_runs import Engine, latency, throughput
 from tpserve.bench.record import write_result
 
 Key = tuple[str, int, int]  # kind, batch, tokens in
@@ -81,7 +82,14 @@ SUITE: dict[int, tuple[Measure, ...]] = {
 }  # fmt: skip
 
 
-def measure(what: Measure, dtype: str, new: int, bandwidth: float, options: dict[str, Any]) -> list[dict[str, Any]]:
+def measure(
+    what: Measure,
+    dtype: str,
+    new: int,
+    bandwidth: float,
+    options: dict[str, Any],
+    ceilings: roofline.Ceilings | None = None,
+) -> list[dict[str, Any]]:
     """Runs our engine.
 
     Args:
@@ -90,6 +98,7 @@ def measure(what: Measure, dtype: str, new: int, bandwidth: float, options: dict
         new: tokens of a latency run.
         bandwidth: of the device's memory, bytes a second.
         options: keys of the engine's configuration.
+        ceilings: of one of the devices, as just measured; None: no rooflines.
     """
     engine = Engine(what.model, what.tp, dtype, **options)
     try:
@@ -102,7 +111,10 @@ def measure(what: Measure, dtype: str, new: int, bandwidth: float, options: dict
     for row in rows:
         row |= {"model": what.model, "tp": what.tp}
         if row["kind"] == "lat":
-            row["floor_ms"] = floor_ms(engine.args, what.tp, row["batch"], row["in"] + new // 2, bandwidth, itemsize)
+            step = roofline.decode(engine.args, what.tp, row["batch"], row["in"] + new // 2, itemsize)
+            row["floor_ms"] = 1e3 * step.bytes / bandwidth
+        if ceilings is not None:
+            row["roofline"] = roofline.of_row(row, engine.args, what.tp, ceilings, itemsize)
         goals = what.goals.get((row["kind"], row["batch"], row["in"]), {})
         row["goals"] = goals
         row["missed"] = [name for name, goal in goals.items() if not _reached(name, row[name], goal)]
@@ -157,7 +169,7 @@ def check_kernels() -> dict[str, Any]:
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    """One line a row: ours, the floor's share of it, the peer's, and the goals that it misses."""
+    """One line a row: ours, the floor's share of it, the peer's, and the goals that it misses; its rooflines below."""
     print(f"{'model':6}{'TP':>3} {'kind':6}{'batch':>6}{'in':>6}{'TTFT ms':>9}{'ms/step':>9}{'of floor':>9}"
           f"{'tokens/s':>10}{'peer TTFT':>10}{'peer step':>10}{'peer t/s':>10}  misses")  # fmt: skip
     for row in rows:
@@ -170,6 +182,8 @@ def print_table(rows: list[dict[str, Any]]) -> None:
             peer = row.get("peer")
             line += f"{peer['ttft_ms']:>10.2f}{peer['step_ms']:>10.3f}{peer['tokens_per_s']:>10.0f}" if peer else ""
         print(line, "", ", ".join(f"{name} ({row['goals'][name]:g})" for name in row["missed"]))
+        for what, one in row.get("roofline", {}).items():
+            print(f"  {roofline.line(what, one)}")
 
 
 def main(
@@ -208,9 +222,11 @@ def main(
             sys.exit(f"this machine has {gpus} GPUs; rows are known for {', '.join(map(str, SUITE))}")
         suite = SUITE[gpus]
         kernels = check_kernels() if check else {}
+    kind = str(options.get("device", "cuda"))
+    ceilings = roofline.measured("cuda", dtype) if gpus and kind != "cpu" else None
     rows: list[dict[str, Any]] = []
     for what in suite:
-        ours = measure(what, dtype, new, bandwidth, options)
+        ours = measure(what, dtype, new, bandwidth, options, ceilings)
         if peer:
             add_peer(ours, what, peer)
         rows += ours

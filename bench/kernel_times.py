@@ -1,9 +1,9 @@
 """Where a step's time goes on a GPU, kernel by kernel: `python -m tpserve.bench.kernel_times --model 7B`.
 
 Steps of the network alone, at a model's real shapes with random weights: prompts of `--prefill` tokens, and steps that
-decode, of `--decode` batch x context. For each: the median time by the device's clock; the floor, which is the longer
-of what its bytes take at the memory's bandwidth and what its operations take at the processors' rate; every kernel's
-calls and time, by torch's profiler; and the gap: the step's time less its kernels' (negative where they overlap).
+decode, of `--decode` batch x context. For each: the median time by the device's clock; the floor of `roofline`, by the
+ceilings that this device is measured to have before; every kernel's calls and time, by torch's profiler; and the gap:
+the step's time less its kernels' (negative where they overlap).
 Several ranks: `torchrun --nproc-per-node 2 -m tpserve.bench.kernel_times --tp 2 …`.
 """
 
@@ -19,15 +19,14 @@ import fire
 import torch
 import torch.distributed as dist
 
+from tpserve.bench import roofline
 from tpserve.bench.decode_step import MODELS, random_model
-from tpserve.bench.engine_runs import floor_ms
 from tpserve.bench.record import write_result
 from tpserve.model.attention import SequenceSlice
 from tpserve.model.kv_cache import PagedKVCache
 from tpserve.model.network import FusedNetwork, StepInputs
 from tpserve.model.parallel import TensorParallel, num_kv_heads
 
-BYTES_PER_S, FLOP_PER_S = 4.24e12, 790e12  # an H200's, measured: reading, and bfloat16 products
 _BLOCK_SIZE = 16
 
 
@@ -67,8 +66,7 @@ class Steps:
 
     def prefill(self, num_tokens: int, each: int = 512) -> StepInputs:
         """Prompts of up to `each` tokens, `num_tokens` together; up to 1,024 are one prompt."""
-        each = num_tokens if num_tokens <= 1024 else each
-        n = -(-num_tokens // each)
+        n, each = _prompts(num_tokens, each)
         self._lay_out(n, each)
         rows = torch.arange(n, device=self._device).repeat_interleave(each)
         positions = torch.arange(each, device=self._device).repeat(n)
@@ -86,6 +84,12 @@ class Steps:
     def _lay_out(self, n: int, length: int) -> None:
         blocks = -(-length // _BLOCK_SIZE)
         self._tables_RB[:n, :blocks] = self._order[: n * blocks].view(n, blocks)
+
+
+def _prompts(num_tokens: int, each: int = 512) -> tuple[int, int]:
+    """How many prompts of how many tokens."""
+    each = num_tokens if num_tokens <= 1024 else each
+    return -(-num_tokens // each), each
 
 
 @torch.inference_mode()
@@ -140,6 +144,7 @@ def main(
     if tp > 1:
         dist.init_process_group("nccl", device_id=device)
     group = TensorParallel.from_world()
+    ceilings = roofline.measure(device, "bfloat16")
     prefills = [int(x) for x in str(prefill).strip("()").split(",") if x.strip()]
     decodes = [(int(b), int(c)) for b, c in (pair.split("x") for pair in str(decode).strip("()").split(",") if pair)]
     batch = max([b for b, _ in decodes] + [1 + n // 512 for n in prefills])
@@ -148,15 +153,11 @@ def main(
         max([b * (c + 16) for b, c in decodes] + prefills),
     )  # fmt: skip
     results = []
-    for name, inputs, num_tokens, floor in [
-        *((f"prefill {n}", steps.prefill(n), n, floor_ms(steps.args, tp, 0, 0, BYTES_PER_S, 2)) for n in prefills),
-        *((f"decode {b}x{c}", steps.decode(b, c), b, floor_ms(steps.args, tp, b, c, BYTES_PER_S, 2))
-          for b, c in decodes),
-    ]:  # fmt: skip
-        args = steps.args
-        heads = 2 * args.n_heads + 2 * args.n_kv_heads
-        layer = args.dim * (heads * args.head_dim + 3 * args.ffn_hidden_dim)
-        flop = 2 * num_tokens * args.n_layers * layer / tp
+    args = steps.args
+    for name, inputs, num_tokens, work in [
+        *((f"prefill {n}", steps.prefill(n), n, roofline.prefill(args, tp, *_prompts(n), 2)) for n in prefills),
+        *((f"decode {b}x{c}", steps.decode(b, c), b, roofline.decode(args, tp, b, c, 2)) for b, c in decodes),
+    ]:
         # Steps' tables share memory: each is laid out again before it runs.
         again = steps.prefill if not inputs.decode_lens else steps.decode
         inputs = again(num_tokens) if not inputs.decode_lens else again(num_tokens, inputs.decode_lens[0])  # type: ignore[call-arg]
@@ -167,15 +168,14 @@ def main(
         ms = time_ms(run)
         table = kernels(run)
         own_ms = sum(row["ms"] for row in table)
-        bound = {"memory": floor, "processors": 1e3 * flop / FLOP_PER_S}
-        which = max(bound, key=lambda key: bound[key])
+        judged = roofline.judge(work, ceilings, ms)
         results.append(
-            {"step": name, "ms": ms, "floor_ms": bound[which], "bound": which, "gap_ms": ms - own_ms,
-             "kernels": table[:shown]}
+            {"step": name, "ms": ms, "floor_ms": judged["floor_ms"], "bound": judged["bound"], "gap_ms": ms - own_ms,
+             "roofline": judged, "kernels": table[:shown]}
         )  # fmt: skip
         if group.rank == 0:
-            print(f"\n{model} TP{tp} {name}: {ms:.3f} ms, {bound[which] / ms:.0%} of the floor ({bound[which]:.2f} ms, "
-                  f"{which}); kernels {own_ms:.3f} ms, gap {ms - own_ms:.3f} ms", flush=True)  # fmt: skip
+            print(f"\n{model} TP{tp} {name}: {ms:.3f} ms; kernels {own_ms:.3f} ms, gap {ms - own_ms:.3f} ms")
+            print(f"  {roofline.line(name, judged)}", flush=True)
             for row in table[:shown]:
                 print(f"  {row['ms']:8.3f} ms {row['calls']:7.1f} x {1e3 * row['ms'] / row['calls']:8.2f} us  "
                       f"{row['kernel']}", flush=True)  # fmt: skip

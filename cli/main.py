@@ -158,6 +158,15 @@ def serve(checkpoint: str, tp: int | None = None, **options: Any) -> None:
     serve(checkpoint, tp, lambda line: print(line, flush=True), **options)
 
 
+def bench() -> None:
+    """Measures: `tpserve bench latency | throughput | serve`, each with --help, a table, and JSON results.
+
+    latency: time to first token and of a step, by batch and length; throughput: output tokens/s by number of requests;
+    serve: any server of OpenAI's protocol by Poisson or real arrivals, with goodput, and plots.
+    """
+    raise AssertionError("`main` puts the commands themselves here: what they import takes a while")
+
+
 def torchserve(*arguments: str, **options: str) -> None:
     """TorchServe's own command, with Java found and an end that waits for running requests (--drain_timeout_s, 30).
 
@@ -195,7 +204,7 @@ def main() -> None:
             from tpserve.handler.torchserve_command import run
 
             sys.exit(run(sys.argv[2:]))
-        commands = {
+        commands: dict[str, Any] = {
             "convert": convert,
             "download": download,
             "verify": verify,
@@ -205,12 +214,19 @@ def main() -> None:
             "demo_chat": demo_chat,
             "serve": serve,
             "torchserve": torchserve,
+            "bench": bench,
         }
         arguments = _join_repeated(sys.argv[1:], "api_key")
         if arguments[:1] == ["convert"]:
             from tpserve.convert.__main__ import with_old_names
 
             arguments = with_old_names(arguments)
+        if arguments[:1] == ["bench"]:
+            from tpserve.cli.bench import commands as bench_commands
+            from tpserve.cli.bench import with_joined_objectives
+
+            arguments = with_joined_objectives(arguments)
+            commands["bench"] = bench_commands(arguments[1:2])
         fire.Fire(commands, arguments, name="tpserve")
     except (TpserveError, ConvertError, ModelArgsError, CheckpointError) as e:
         print(f"error: {e}", file=sys.stderr)
