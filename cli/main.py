@@ -9,8 +9,10 @@ import fire
 
 from tpserve.engine.errors import TpserveError
 
+_CONVERT_TEXTS = ("ckpt_dir", "out_dir", "tokenizer_path", "dtype", "format", "quantize")
 
-@fire.decorators.SetParseFns(**dict.fromkeys(("ckpt_dir", "out_dir", "tokenizer_path", "dtype", "format"), str))  # type: ignore[untyped-decorator]
+
+@fire.decorators.SetParseFns(**dict.fromkeys(_CONVERT_TEXTS, str))  # type: ignore[untyped-decorator]
 def convert(
     ckpt_dir: str,
     out_dir: str,
@@ -18,6 +20,7 @@ def convert(
     dtype: str | None = None,
     format: str = "dcp",
     mp: int | None = None,
+    quantize: str | None = None,
 ) -> None:
     """Turns any Llama checkpoint into a folder of another form: tpserve convert --from X --to Y [--format …].
 
@@ -28,10 +31,11 @@ def convert(
         dtype: float32, float16 or bfloat16; default: the source's.
         format: dcp or safetensors (loaded at any tensor-parallel size), hf (for `transformers`), meta.
         mp: number of Meta's shards, of --format meta; default 1.
+        quantize: int8, int4 or fp8: the blocks' matrices are written so, in dcp and safetensors; default: as they are.
     """
     from tpserve.convert.convert import convert
 
-    print(convert(ckpt_dir, out_dir, tokenizer_path, dtype, format=format, mp=mp))
+    print(convert(ckpt_dir, out_dir, tokenizer_path, dtype, format=format, mp=mp, quantize=quantize))
 
 
 @fire.decorators.SetParseFns(**dict.fromkeys(("repo", "to", "revision", "include"), str))  # type: ignore[untyped-decorator]
@@ -89,7 +93,12 @@ def plan(checkpoint: str, tp: int) -> None:
     from tpserve.model.plan import show_shares
 
     try:
-        print(show_shares(describe(Path(checkpoint)).args, tp))
+        info = describe(Path(checkpoint))
+        print(show_shares(info.args, tp))
+        if info.quantization is not None:
+            from tpserve.model.quantized_plan import show_quantization
+
+            print(show_quantization(info.args, info.quantization, tp))
     except ValueError as e:
         raise ConfigError(str(e)) from None
 
@@ -158,6 +167,30 @@ def serve(checkpoint: str, tp: int | None = None, **options: Any) -> None:
     serve(checkpoint, tp, lambda line: print(line, flush=True), **options)
 
 
+@fire.decorators.SetParseFns(**dict.fromkeys(("head", "key_file", "name", "checkpoint", "alive_file"), str))  # type: ignore[untyped-decorator]
+def node(
+    head: str,
+    key_file: str | None = None,
+    name: str | None = None,
+    checkpoint: str | None = None,
+    alive_file: str | None = None,
+    drain_timeout_s: float = 30.0,
+) -> None:
+    """Lends this machine to a server on another one: tpserve serve --num_nodes 2 --node_address HOST … there.
+
+    Args:
+        head: HOST:PORT, the server's --node_address and --node_port.
+        key_file: a file with the key that all machines share; default: it is in TPSERVE_NODE_KEY.
+        name: of this machine in the server's log; default: its host name.
+        checkpoint: the server's checkpoint, if it is elsewhere on this machine.
+        alive_file: written every second, for probes: "connected" or "waiting".
+        drain_timeout_s: after SIGTERM, so long it goes on for a server that is still there.
+    """
+    from tpserve.cli.node import run
+
+    run(head, key_file, name, checkpoint, alive_file, drain_timeout_s)
+
+
 def bench() -> None:
     """Measures: `tpserve bench latency | throughput | serve`, each with --help, a table, and JSON results.
 
@@ -213,6 +246,7 @@ def main() -> None:
             "demo": demo,
             "demo_chat": demo_chat,
             "serve": serve,
+            "node": node,
             "torchserve": torchserve,
             "bench": bench,
         }

@@ -20,6 +20,7 @@ def run(
     dtype: str | None = None,
     format: str = "dcp",
     mp: int | None = None,
+    quantize: str | None = None,
 ) -> None:
     """Converts a checkpoint, whatever its form, to a folder that loads at any tensor-parallel size.
 
@@ -30,9 +31,10 @@ def run(
         dtype: float32, float16 or bfloat16; the checkpoint's own when not given.
         format: dcp, safetensors (both are served), hf (for `transformers`) or meta (consolidated.NN.pth).
         mp: number of shards of meta; 1 when not given.
+        quantize: int8, int4 or fp8, of the blocks' matrices in dcp and safetensors; as they are when not given.
     """
     try:
-        folder = convert(ckpt_dir, out_dir, tokenizer_path, dtype, format=format, mp=mp)
+        folder = convert(ckpt_dir, out_dir, tokenizer_path, dtype, format=format, mp=mp, quantize=quantize)
     except ConvertError as e:
         sys.stderr.write(f"error: {e}\n")
         raise SystemExit(2) from None
@@ -46,7 +48,7 @@ def with_old_names(arguments: list[str]) -> list[str]:
 
 def main() -> None:
     """Entry point: reads the flags as text, so that a folder named `7` stays a name."""
-    texts = ("ckpt_dir", "out_dir", "tokenizer_path", "dtype", "format")
+    texts = ("ckpt_dir", "out_dir", "tokenizer_path", "dtype", "format", "quantize")
     as_text = fire.decorators.SetParseFns(**dict.fromkeys(texts, str))
     fire.Fire(as_text(run), with_old_names(sys.argv[1:]), name="tpserve convert")
 

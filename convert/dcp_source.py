@@ -15,6 +15,7 @@ from tpserve.model.args import ModelArgs
 from tpserve.model.checkpoint import MODEL_FILE, CheckpointError, CheckpointInfo
 from tpserve.model.dcp_reader import MmapReader, map_file
 from tpserve.model.manifest import StoredManifest
+from tpserve.model.quantized_format import Format, format_of
 from tpserve.model.safetensors_reader import open_reader
 
 
@@ -87,6 +88,50 @@ class DcpTensor:
         return out
 
 
+class DcpPart(DcpTensor):
+    """A part of a quantised parameter, which keeps its type when it is written again."""
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """Its type."""
+        return self.stored.properties.dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantisedTensor:
+    """One parameter that a converted folder holds in quantised parts.
+
+    Attributes:
+        name: Meta's name.
+        shape: of the whole parameter.
+        form: how it is quantised.
+        q, scale: the parts.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    form: Format
+    q: DcpTensor
+    scale: DcpTensor
+
+    def read(self, dim: int, lo: int, hi: int, dtype: torch.dtype) -> torch.Tensor:
+        """Dequantises the slab [lo, hi) along `dim` into a new contiguous tensor of `dtype`.
+
+        Raises:
+            ConvertError: a file is missing or damaged; the message names it.
+        """
+        slabs = [self.form.slab(part, dim, lo, hi) for part in ("q_NK", self.form.scale_name)]
+        q_NK, scale = (
+            part.read(*(slab or (0, 0, part.shape[0])), part.stored.properties.dtype)
+            for part, slab in zip((self.q, self.scale), slabs, strict=True)
+        )
+        if dim == 0 or not self.form.group:
+            return self.form.dequantise(q_NK, scale, dtype)
+        begin = lo // 2 * 2
+        weight_NK = self.form.dequantise(q_NK, scale, dtype, skip=begin % self.form.group)
+        return weight_NK[:, lo - begin : hi - begin].contiguous()
+
+
 @dataclasses.dataclass(frozen=True)
 class DcpSource:
     """A converted folder.
@@ -95,11 +140,13 @@ class DcpSource:
         info: its model.json.
         tensors: every parameter, in the order in which it is written.
         folder: where it lies.
+        parts: the tensors as they are stored, where some are quantised; else empty.
     """
 
     info: CheckpointInfo
-    tensors: tuple[DcpTensor, ...]
+    tensors: tuple[DcpTensor | QuantisedTensor, ...]
     folder: Path
+    parts: tuple[DcpTensor, ...] = ()
 
     @property
     def args(self) -> ModelArgs:
@@ -128,19 +175,36 @@ def open_dcp(folder: Path) -> DcpSource:
     except CheckpointError as e:
         raise ConvertError(str(e)) from None
     reader.set_up_storage_reader(metadata, is_coordinator=True)
-    files, stored, tensors = Files(folder, reader), metadata.state_dict_metadata, []
-    for name in parameter_names(info.args.n_layers):
+    files, stored = Files(folder, reader), metadata.state_dict_metadata
+    tensors, parts = list[DcpTensor | QuantisedTensor](), list[DcpTensor]()
+
+    def find(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> TensorStorageMetadata:
         tensor = stored.get(name)
         if not isinstance(tensor, TensorStorageMetadata):  # also ends a nonsensical n_layers
             raise ConvertError(f"{folder} lacks {name}, which {MODEL_FILE} speaks of")
-        shape = global_shape(name, info.args)
-        if tuple(tensor.size) != shape or str(tensor.properties.dtype) != f"torch.{info.dtype}":
+        if tuple(tensor.size) != shape or tensor.properties.dtype != dtype:
             raise ConvertError(
                 f"{folder}: {name} is {format_shape(tuple(tensor.size))} {tensor.properties.dtype}, but {MODEL_FILE} "
-                f"makes it {format_shape(shape)} {info.dtype}"
+                f"makes it {format_shape(shape)} {dtype}"
             )
-        tensors.append(DcpTensor(name, shape, tensor, files))
-    if len(stored) != len(tensors):
-        extra = next(name for name in stored if name not in {t.name for t in tensors})
+        return tensor
+
+    for name in parameter_names(info.args.n_layers):
+        shape = global_shape(name, info.args)
+        form = None if info.quantization is None else format_of(name, shape, info.quantization)
+        if form is None:
+            plain = DcpTensor(name, shape, find(name, shape, getattr(torch, info.dtype)), files)
+            tensors.append(plain)
+            parts.append(plain)
+            continue
+        owner = name.removesuffix(".weight")
+        found = {
+            part: DcpPart(f"{owner}.{part}", size, find(f"{owner}.{part}", size, dtype), files)
+            for part, (size, dtype) in form.parts(shape).items()
+        }
+        tensors.append(QuantisedTensor(name, shape, form, found["q_NK"], found[form.scale_name]))
+        parts += found.values()
+    if len(stored) != len(parts):
+        extra = next(name for name in stored if name not in {t.name for t in parts})
         raise ConvertError(f"{folder} holds {extra}, which {MODEL_FILE} does not describe")
-    return DcpSource(info, tuple(tensors), folder)
+    return DcpSource(info, tuple(tensors), folder, tuple(parts) if info.quantization is not None else ())

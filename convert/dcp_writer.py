@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from tpserve.convert.manifest import HashedFile, Manifest
-from tpserve.convert.weights import Weight, layer_of, read_slab
+from tpserve.convert.weights import Weight, layer_of, read_slab, stored_dtype
 from tpserve.model.safetensors_reader import stored_chunks
 
 METADATA_FILE = ".metadata"
@@ -45,7 +45,7 @@ def write_dcp(
     Args:
         folder: an empty folder.
         tensors: in an order that keeps the parameters of a layer together.
-        dtype: of the stored weights.
+        dtype: of the stored weights that have none of their own.
         manifest: is told of every file.
         on_bytes: called with the size of every chunk once it is written.
 
@@ -62,7 +62,7 @@ def write_dcp(
                 dim, bounds = stored_chunks(tensor.name, tensor.shape)
                 pieces = []
                 for index, (lo, hi) in enumerate(bounds):
-                    data = read_slab(tensor, dim, lo, hi, dtype)
+                    data = read_slab(tensor, dim, lo, hi, stored_dtype(tensor, dtype))
                     offset = file.position
                     file.begin_chunk()
                     _torch_save(data, file)
@@ -73,7 +73,7 @@ def write_dcp(
                     key = MetadataIndex(tensor.name, begin, index)
                     storage[key] = _StorageInfo(file_name, offset, file.position - offset)
                 state[tensor.name] = TensorStorageMetadata(
-                    TensorProperties(dtype=dtype), torch.Size(tensor.shape), pieces
+                    TensorProperties(dtype=stored_dtype(tensor, dtype)), torch.Size(tensor.shape), pieces
                 )
         manifest.add(file_name, file)
     metadata = Metadata(

@@ -33,6 +33,8 @@ class Input:
         origin: where the weights came from, for model.json.
         params: Meta's params.json as it stands; empty for other inputs.
         num_shards: of Meta's files; 1 for other inputs.
+        quantization: of our own folder's weights; None: they have the bits of `dtype`.
+        parts: what is stored in the place of `tensors` where some are quantised.
     """
 
     args: ModelArgs
@@ -42,6 +44,8 @@ class Input:
     origin: dict[str, Any]
     params: dict[str, object]
     num_shards: int
+    quantization: str | None = None
+    parts: Sequence[Weight] = ()
 
 
 def open_input(folder: Path, tokenizer_path: Path | None, num_shards: int | None, progress: bool) -> Input:
@@ -61,7 +65,10 @@ def open_input(folder: Path, tokenizer_path: Path | None, num_shards: int | None
     if kind_of(folder) is not Kind.META:
         other = open_any(folder)  # our own chunks are checked as they are read
         tokenizer = find_tokenizer(folder, tokenizer_path, other.args.vocab_size)
-        return Input(other.args, other.dtype, other.tensors, tokenizer, other.info.source, {}, 1)
+        info = other.info
+        return Input(
+            other.args, other.dtype, other.tensors, tokenizer, info.source, {}, 1, info.quantization, other.parts
+        )
     source = open_source(folder)
     found = len(source.shards)
     if num_shards not in (None, found):

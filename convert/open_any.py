@@ -42,4 +42,4 @@ def _open(path: Path, kind: Kind) -> Source:
     from tpserve.convert.dcp_source import open_dcp
 
     converted = open_dcp(path)
-    return Source(converted.info, converted.tensors, kind)
+    return Source(converted.info, converted.tensors, kind, parts=converted.parts)

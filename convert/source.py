@@ -37,6 +37,7 @@ class Source:
         tokenizer_files: that say how text becomes tokens, the main one first.
         params: Meta's `params.json` as it stands; empty for other kinds.
         shards: Meta's files, opened, in rank order; none for other kinds.
+        parts: what is stored in the place of `tensors` where some are quantised; none otherwise.
     """
 
     info: CheckpointInfo
@@ -45,6 +46,7 @@ class Source:
     tokenizer_files: tuple[Path, ...] = ()
     params: dict[str, object] = dataclasses.field(default_factory=dict)
     shards: tuple[Shard, ...] = ()
+    parts: tuple[Weight, ...] = ()
 
     @property
     def args(self) -> ModelArgs:

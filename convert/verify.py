@@ -17,8 +17,9 @@ from tpserve.convert.kinds import Kind
 from tpserve.convert.manifest import verify_manifest
 from tpserve.convert.open_any import open_any
 from tpserve.convert.probe import model_logits, plain_logits, probe_tokens
+from tpserve.convert.quantize import rounded_like
 from tpserve.convert.source import Source
-from tpserve.convert.weights import Weight, row_blocks
+from tpserve.convert.weights import Weight, read_slab, row_blocks
 from tpserve.model.checkpoint import MANIFEST_FILE, CheckpointError
 from tpserve.model.loader import load_model
 from tpserve.model.parallel import TensorParallel
@@ -47,7 +48,8 @@ def verify(
 
     Args:
         checkpoint: a folder, or a .gguf file.
-        against: the checkpoint that it was made from; its weights are compared rounded to this one's dtype.
+        against: the checkpoint that it was made from; its weights are compared rounded to this one's dtype, and
+            quantised as this one's are.
         tp: ranks of the group that is compared with one rank.
         on_finding: is told of every check when it is done.
 
@@ -77,7 +79,8 @@ def verify(
             raise
         tell(False, str(e))
         return False
-    tell(True, f"shapes: {len(source.tensors)} weights of {source.args.n_layers} layers, {source.info.dtype}")
+    fewer = "" if source.info.quantization is None else f", the layers' matrices {source.info.quantization}"
+    tell(True, f"shapes: {len(source.tensors)} weights of {source.args.n_layers} layers, {source.info.dtype}{fewer}")
     attempt(lambda: _finite(source))
     if original is not None:
         compared = original
@@ -91,6 +94,9 @@ def verify(
 
     def one_rank() -> tuple[bool, str]:
         alone.append(_loaded_logits(checkpoint, source, TensorParallel()))
+        if source.info.quantization is not None:  # the source's weights have given theirs, number by number
+            plain = plain_logits(source.args, source.tensors, tokens)
+            return _compare("those of its dequantised weights", "one rank", alone[0], plain)
         plain = plain_logits(source.args, (original or source).tensors, tokens, source.dtype)
         return _compare("the source's" if original else "those of its whole weights", "one rank", alone[0], plain)
 
@@ -139,10 +145,12 @@ def _same_args(a: Source, b: Source) -> tuple[bool, str]:
 
 def _same_weights(a: Source, b: Source) -> tuple[bool, str]:
     theirs: dict[str, Weight] = {tensor.name: tensor for tensor in b.tensors}
-    differ = []
+    scheme, differ = a.info.quantization, []
     for tensor in a.tensors:
         count, largest, where, row = 0, 0.0, "", 0
-        for ours, other in zip(row_blocks(tensor, a.dtype), row_blocks(theirs[tensor.name], a.dtype), strict=True):
+        for ours in row_blocks(tensor, a.dtype if scheme is None else torch.float32):
+            other = read_slab(theirs[tensor.name], 0, row, row + ours.shape[0], a.dtype)
+            other = rounded_like(other, tensor.name, tensor.shape, scheme).to(ours.dtype)
             if not torch.equal(ours, other):
                 distance = (ours.float() - other.float()).abs().nan_to_num(nan=float("inf"))
                 count += int((distance > 0).sum())
@@ -154,6 +162,8 @@ def _same_weights(a: Source, b: Source) -> tuple[bool, str]:
         if count:
             differ.append(f"{tensor.name} differs in {count:,} values, most at {where}: by {largest:.3g}")
     rounded = "" if a.dtype == b.dtype else f", rounded to {a.info.dtype}"
+    if scheme is not None and scheme != b.info.quantization:
+        rounded += f", quantised to {scheme}"
     return not differ, "weights: " + (_few(differ) if differ else f"the source's, bit for bit{rounded}")
 
 

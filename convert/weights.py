@@ -32,6 +32,12 @@ def layer_of(name: str) -> str:
     return ".".join(parts[:2]) if parts[0] == "layers" else parts[0]
 
 
+def stored_dtype(tensor: Weight, dtype: torch.dtype) -> torch.dtype:
+    """Of a tensor in the written files: a part of a quantised weight has one of its own, others the checkpoint's."""
+    own: torch.dtype = getattr(tensor, "stored_dtype", dtype)
+    return own
+
+
 def read_slab(tensor: Weight, dim: int, lo: int, hi: int, dtype: torch.dtype) -> torch.Tensor:
     """`tensor.read`, but nothing becomes infinite on the way.
 

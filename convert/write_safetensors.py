@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from tpserve.convert.manifest import HashedFile, Manifest
-from tpserve.convert.weights import Weight, layer_of, raw_bytes, row_blocks
+from tpserve.convert.weights import Weight, layer_of, raw_bytes, row_blocks, stored_dtype
 from tpserve.model.safetensors_reader import DTYPES, stored_chunks
 
 SUFFIX = ".safetensors"
@@ -20,13 +20,13 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ALIGNMENT_BYTES = 64  # of the data's beginning; the format asks for 8
 
 
-def header(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
+def header(shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype]) -> bytes:
     """A file's beginning, for tensors that follow each other in the order of `shapes`."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}  # `transformers` asks for it
     position = 0
     for name, shape in shapes.items():
-        end = position + torch.Size(shape).numel() * dtype.itemsize
-        entries[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [position, end]}
+        end = position + torch.Size(shape).numel() * dtypes[name].itemsize
+        entries[name] = {"dtype": _NAMES[dtypes[name]], "shape": list(shape), "data_offsets": [position, end]}
         position = end
     text = json.dumps(entries, separators=(",", ":")).encode()
     padding = -(8 + len(text)) % _ALIGNMENT_BYTES
@@ -52,13 +52,14 @@ def write_layers(
     for layer, members in groupby(tensors, key=lambda t: layer_of(t.name)):
         group = list(members)
         with HashedFile(folder / (layer + SUFFIX)) as file:
-            file.write(header({t.name: t.shape for t in group}, dtype))
+            dtypes = {t.name: stored_dtype(t, dtype) for t in group}
+            file.write(header({t.name: t.shape for t in group}, dtypes))
             for tensor in group:
                 dim, bounds = stored_chunks(tensor.name, tensor.shape)
                 start, row = file.position, 0
-                item_bytes = torch.Size(tensor.shape[dim + 1 :]).numel() * dtype.itemsize
+                item_bytes = torch.Size(tensor.shape[dim + 1 :]).numel() * dtypes[tensor.name].itemsize
                 crc = [0] * len(bounds)
-                for block in row_blocks(tensor, dtype):
+                for block in row_blocks(tensor, dtypes[tensor.name]):
                     for i, (lo, hi) in enumerate(bounds):
                         if dim == 0:
                             lo, hi = max(lo - row, 0), min(hi - row, block.shape[0])
@@ -90,7 +91,7 @@ def write_file(
         on_bytes: called with the size of every block once it is written.
     """
     with HashedFile(path) as file:
-        file.write(header(shapes, dtype))
+        file.write(header(shapes, dict.fromkeys(shapes, dtype)))
         for name in shapes:
             for block in blocks(name):
                 file.write(raw_bytes(block))

@@ -126,7 +126,7 @@ def _load(
         raise
     except ValueError as e:
         raise ConfigError(str(e)) from None
-    if config.quantization is not None:
+    if config.quantization is not None and loaded.info.quantization is None:
         quantize(loaded.model, config.quantization)
     logger.info(
         "weights: %.1f MB in %.2f s, %.1f MB here",

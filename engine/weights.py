@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from tpserve.convert.describe import describe
 from tpserve.convert.kinds import Kind, folder_of, kind_of
 from tpserve.engine.config import EngineConfig
+from tpserve.engine.errors import ConfigError
 from tpserve.model.checkpoint import CheckpointInfo, fingerprint
 
 if TYPE_CHECKING:
@@ -43,10 +44,17 @@ def open_weights(config: EngineConfig) -> Source | None:
 
     Raises:
         CheckpointError: see `describe_checkpoint`.
+        ConfigError: the checkpoint is quantised in another way than is asked for.
     """
     path = Path(config.checkpoint_dir)
     kind = kind_of(path)
     if kind is Kind.TPSERVE:
+        stored = describe(path).quantization
+        if stored is not None and config.quantization not in (None, stored):
+            raise ConfigError(
+                f"quantization is {config.quantization}, but the weights of {path} are {stored} already; leave it out, "
+                "or serve the checkpoint that it was made from"
+            )
         return None
     # Here: they need torch, which the process that holds the users' connections does not have.
     from tpserve.convert.open_any import open_any

@@ -15,6 +15,7 @@ FORMAT, SAFETENSORS_FORMAT, VERSION = "tpserve-dcp", "tpserve-safetensors", 1
 MODEL_FILE = "model.json"
 MANIFEST_FILE = "manifest.json"
 DTYPES = ("float32", "float16", "bfloat16")
+SCHEMES = ("int8", "int4", "fp8")
 
 
 class CheckpointError(ValueError):
@@ -33,6 +34,7 @@ class CheckpointInfo:
         source: where the weights came from, for people.
         format: `FORMAT` or `SAFETENSORS_FORMAT`: how the weights lie in the folder.
         eos_token_ids: all that end a turn, where `eos_token_id` is not the only one; see `end_ids`.
+        quantization: of the blocks' matrices as they are stored, one of `SCHEMES`; None: they are of `dtype`, too.
     """
 
     args: ModelArgs
@@ -43,6 +45,7 @@ class CheckpointInfo:
     source: dict[str, Any] = dataclasses.field(default_factory=dict)
     format: str = FORMAT
     eos_token_ids: tuple[int, ...] = ()
+    quantization: str | None = None
 
     @property
     def end_ids(self) -> tuple[int, ...]:
@@ -89,11 +92,14 @@ class CheckpointInfo:
                 source=fields.get("source", {}),
                 format=fields["format"],
                 eos_token_ids=_token_ids(fields.get("eos_token_ids", [])),
+                quantization=fields.get("quantization"),
             )
         except (ModelArgsError, KeyError, TypeError) as e:
             raise CheckpointError(f"{path}: {e}") from None
         if info.dtype not in DTYPES:
             raise CheckpointError(f"{path}: dtype is {info.dtype!r}, not one of {', '.join(DTYPES)}")
+        if info.quantization is not None and info.quantization not in SCHEMES:
+            raise CheckpointError(f"{path}: quantization is {info.quantization!r}, not one of {', '.join(SCHEMES)}")
         if info.tokenizer is not None and Path(info.tokenizer).name != info.tokenizer:
             raise CheckpointError(f"{path}: tokenizer must be a file name in this folder, got {info.tokenizer!r}")
         return info

@@ -18,7 +18,9 @@ from tpserve.model.dcp_reader import MmapReader
 from tpserve.model.llama import Llama
 from tpserve.model.manifest import StoredManifest
 from tpserve.model.parallel import TensorParallel, shard
-from tpserve.model.plan import shares
+from tpserve.model.plan import Share, shares
+from tpserve.model.quantized import quantize
+from tpserve.model.quantized_loader import QuantizedWeights
 from tpserve.model.rope import rope_table
 from tpserve.model.safetensors_reader import open_reader
 from tpserve.model.slice_planner import SlicePlanner
@@ -78,6 +80,8 @@ def load_model(
 ) -> LoadedModel:
     """Loads this rank's part of a checkpoint; every rank reads only its own slices, without talking to the others.
 
+    A checkpoint that is stored with fewer bits becomes a network with fewer bits.
+
     Args:
         checkpoint_dir: written by `tpserve convert`.
         tp: this rank's place; None: the default process group, or one rank without it.
@@ -102,32 +106,45 @@ def load_model(
     except RuntimeError as e:  # sizes whose product no integer holds
         raise CheckpointError(f"{checkpoint_dir / MODEL_FILE} describes no network ({e})") from None
     # Shapes are compared while they are whole.
-    whole = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    stored_dtype = getattr(torch, info.dtype)
+    whole = {name: (tuple(t.shape), stored_dtype) for name, t in model.state_dict().items()}
+    share = shares(info.args, tp.size)[tp.rank]
+    quantized = None
+    if info.quantization is not None and reader is not None:
+        quantized = QuantizedWeights(model, info.quantization, share, device)
+        whole = {n: stored for n, stored in whole.items() if n not in quantized.replaced} | quantized.stored
     shard(model, tp)
     model.to_empty(device=device)
     if dummy:
         bytes_read = 0
         _fill_randomly(model, seed=tp.rank)
     elif source is not None:
-        bytes_read = _read_source(model, source, tp)
+        bytes_read = _read_source(model, source, share)
     else:
         assert reader is not None
-        _check_shapes(checkpoint_dir, whole, reader)
-        _read_dcp(checkpoint_dir, model, reader, tp)
+        _check_stored(checkpoint_dir, whole, reader)
+        _read_dcp(checkpoint_dir, model, reader, share, quantized)
         bytes_read = reader.bytes_copied
+    if quantized is not None:
+        quantized.put_in(dtype)
+    elif info.quantization is not None:
+        quantize(model, info.quantization)
     model.rope_PC2 = rope_table(info.args, max_seq_len, device)
     model.requires_grad_(False)
     return LoadedModel(model.eval(), info, tp, device, dtype, bytes_read)
 
 
-def _read_dcp(folder: Path, model: Llama, reader: MmapReader, tp: TensorParallel) -> None:
-    share = shares(model.args, tp.size)[tp.rank]
+def _read_dcp(folder: Path, model: Llama, reader: MmapReader, share: Share, quantized: QuantizedWeights | None) -> None:
+    parts = quantized.tensors() if quantized is not None else {}
+
+    def place(name: str) -> tuple[int, int, int] | None:
+        return quantized.place(name) if quantized is not None and name in parts else share.of(name, model.args.head_dim)
+
     # no_dist: coordination would pickle plans over sockets, and each rank can see for itself what it lacks.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         try:
-            planner = SlicePlanner(share, model.args.head_dim)
-            load(model.state_dict(), storage_reader=reader, planner=planner, no_dist=True)
+            load(model.state_dict() | parts, storage_reader=reader, planner=SlicePlanner(place), no_dist=True)
         except CheckpointException as e:  # how DCP wraps what the reader said
             reason = next((error for error, _ in e.failures.values()), e)
             if isinstance(reason, CheckpointError):
@@ -137,10 +154,9 @@ def _read_dcp(folder: Path, model: Llama, reader: MmapReader, tp: TensorParallel
 
 
 @torch.no_grad()
-def _read_source(model: Llama, source: WeightSource, tp: TensorParallel) -> int:
+def _read_source(model: Llama, source: WeightSource, share: Share) -> int:
     """Copies this rank's slices of other people's files; returns the bytes."""
-    share, total = shares(model.args, tp.size)[tp.rank], 0
-    parameters = model.state_dict()
+    parameters, total = model.state_dict(), 0
     for tensor in source.tensors:
         target = parameters.pop(tensor.name)
         dim, lo, hi = share.of(tensor.name, model.args.head_dim) or (0, 0, tensor.shape[0])
@@ -167,20 +183,15 @@ def _open_reader(folder: Path, info: CheckpointInfo) -> MmapReader:
     for name, tensor in stored.items():
         if not isinstance(tensor, TensorStorageMetadata):
             raise CheckpointError(f"{folder / '.metadata'}: {name} is not a tensor; convert the checkpoint again")
-        if tensor.properties.dtype != getattr(torch, info.dtype):
-            raise CheckpointError(
-                f"{folder / '.metadata'}: {name} is {tensor.properties.dtype}, but {MODEL_FILE} says {info.dtype}; "
-                "convert the checkpoint again"
-            )
     return reader
 
 
-def _check_shapes(folder: Path, expected: dict[str, tuple[int, ...]], reader: MmapReader) -> None:
+def _check_stored(folder: Path, expected: dict[str, tuple[tuple[int, ...], torch.dtype]], reader: MmapReader) -> None:
     """Holds what is stored against the network, and the files against the manifest.
 
     Args:
         folder: of the checkpoint.
-        expected: the whole shape of each of the network's weights.
+        expected: the whole shape, and the type, of each of the network's weights.
         reader: of the folder.
 
     Raises:
@@ -191,9 +202,14 @@ def _check_shapes(folder: Path, expected: dict[str, tuple[int, ...]], reader: Mm
         raise CheckpointError(f"{folder} lacks {name}; convert the checkpoint again")
     for name in sorted(stored.keys() - expected.keys()):
         raise CheckpointError(f"{folder} holds {name}, which {MODEL_FILE} does not describe; is it another model's?")
-    for name, shape in expected.items():
+    for name, (shape, dtype) in expected.items():
         tensor = stored[name]
         assert isinstance(tensor, TensorStorageMetadata)
+        if tensor.properties.dtype != dtype:
+            raise CheckpointError(
+                f"{folder / '.metadata'}: {name} is {tensor.properties.dtype}, but {MODEL_FILE} makes it {dtype}; "
+                "convert the checkpoint again"
+            )
         if tuple(tensor.size) != shape:
             raise CheckpointError(
                 f"{folder / '.metadata'}: {name} is {tuple(tensor.size)}, but {MODEL_FILE} makes it {shape}; "

@@ -27,6 +27,9 @@ TP_DIM: dict[str, int | None] = {
     "norm.weight": None,
     "output.weight": 0,
 }
+# What a checkpoint holds in the place of a quantised weight (`quantized_format.py`): the dimension of each part that
+# goes along the weight's dimensions 0 and 1; None: none does.
+PART_DIMS: dict[str, tuple[int, int | None]] = {"q_NK": (0, 1), "scale_N": (0, None), "scale_GN2": (1, 0)}
 
 
 def parameter_kind(name: str) -> str:
@@ -44,12 +47,18 @@ def parameter_kind(name: str) -> str:
 
 
 def tp_dim(name: str) -> int | None:
-    """The dimension along which the parameter `name` is split over TP ranks; None when it is replicated.
+    """The dimension along which a parameter, or a part of a quantised one, is split over TP ranks; None: it is not.
 
     Raises:
         KeyError: no Llama has a parameter of that name.
     """
-    return TP_DIM[parameter_kind(name)]
+    owner, _, part = name.rpartition(".")
+    if part not in PART_DIMS:
+        return TP_DIM[parameter_kind(name)]
+    dim = TP_DIM[parameter_kind(f"{owner}.weight")]
+    if dim is None:
+        raise KeyError(name)
+    return PART_DIMS[part][dim]
 
 
 def chunk_bounds(size: int, n_chunks: int) -> list[tuple[int, int]]:

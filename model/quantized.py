@@ -1,12 +1,13 @@
-"""Linear layers with fewer bits, made from a rank's own slices after they are loaded.
+"""Linear layers with fewer bits: made from a rank's own slices after they are loaded, or read so from a checkpoint.
 
 - `int8`: a scale an output feature; activations as they are (TensorRT-LLM's `--use_weight_only`, FasterTransformer's
   `int8_mode`).
 - `int4`: a scale and a zero for every 128 inputs of an output feature, asymmetric; activations as they are.
-- `fp8`: float8_e4m3fn with a scale an output feature; in bfloat16, activations are float8, too, with a scale a token.
+- `fp8`: float8_e4m3fn with a scale an output feature; in bfloat16 on a GPU activations are float8, too, with a scale
+  a token.
 
-Products are torch's own where it has them for the device and the type; elsewhere weights are widened for each product,
-which saves memory but no time. Embedding, head and norms keep their type.
+Products are torch's own where it has fast ones for the device and the type; elsewhere weights are widened for each
+product, which saves memory but no time. Embedding, head and norms keep their type.
 
 Shape suffixes: T tokens, N output and K input features, G groups of inputs.
 """
@@ -15,53 +16,109 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tpserve.model.checkpoint import SCHEMES
 from tpserve.model.llama import Llama
+from tpserve.model.quantized_format import FP8, FP8_MAX, GROUPS, Format, plain_format
 
-SCHEMES = ("int8", "int4", "fp8")
-_GROUPS = (128, 64, 32)
-_FP8, _FP8_MAX = torch.float8_e4m3fn, 448.0
+__all__ = ["SCHEMES", "Float8Linear", "Int4Linear", "Int8Linear", "is_quantized", "quantize", "weight_bytes"]
+
+# Rows of activations up to which torch's int8 product on a CPU is faster than widening and a bfloat16 product.
+_INT8_TOKENS = 16
+_PACKED_ROWS = 4096  # at a time; a multiple of the rows that torch packs together
 
 logger = logging.getLogger(__name__)
 
 
-class Int8Linear(nn.Module):
-    """y = x · (q · scale)ᵀ with q int8 [N, K] and a float32 scale [N].
+class _ScaledLinear(nn.Module):
+    """y = x · (q · scale)ᵀ with q [N, K] of the scheme's type and a float32 scale [N].
 
     Args:
         weight_NK: floating point.
     """
 
+    scheme: str
     q_NK: torch.Tensor
     scale_N: torch.Tensor
 
     def __init__(self, weight_NK: torch.Tensor) -> None:
         super().__init__()
-        scale_N = _positive(weight_NK.float().abs().amax(1) / 127)
-        self.register_buffer("q_NK", (weight_NK / scale_N[:, None]).round().clamp(-127, 127).to(torch.int8))
-        self.register_buffer("scale_N", scale_N)
-        n, k = weight_NK.shape
-        # Of other sizes torch's product reads beyond the end, and the process dies (seen at K = 172).
-        self._multiplies = weight_NK.device.type == "cpu" and n % 16 == 0 and k % 64 == 0
+        form = Format(self.scheme)
+        scale_N = form.scale_of(weight_NK)
+        self._keep(form.quantise(weight_NK, scale_N), scale_N)
 
-    def forward(self, x_TK: torch.Tensor) -> torch.Tensor:
-        """[T, N] in x's type."""
-        q_NK, scale_N = self.q_NK, self.scale_N
-        if self._multiplies and x_TK.dtype == torch.bfloat16:
-            return torch._weight_int8pack_mm(x_TK, q_NK, scale_N.to(x_TK.dtype))
-        return (F.linear(x_TK, q_NK.to(x_TK.dtype)) * scale_N).to(x_TK.dtype)
+    @classmethod
+    def of(cls, q_NK: torch.Tensor, scale_N: torch.Tensor) -> Self:
+        """A layer of numbers that are quantised already."""
+        made = cls.__new__(cls)
+        nn.Module.__init__(made)
+        made._keep(q_NK, scale_N)
+        return made
+
+    def _keep(self, q_NK: torch.Tensor, scale_N: torch.Tensor) -> None:
+        self.register_buffer("q_NK", q_NK)
+        self.register_buffer("scale_N", scale_N)
+        self._multiplies = self._has_product(q_NK.device, *q_NK.shape)
+
+    def _has_product(self, device: torch.device, n: int, k: int) -> bool:
+        raise NotImplementedError
 
     def dequantized(self) -> torch.Tensor:
         """The weight that this stands for, float32 [N, K]."""
-        return self.q_NK.float() * self.scale_N[:, None]
+        return Format(self.scheme).dequantise(self.q_NK, self.scale_N)
+
+    def _widened(self, x_TK: torch.Tensor, q_NK: torch.Tensor) -> torch.Tensor:
+        return (F.linear(x_TK, q_NK) * self.scale_N).to(x_TK.dtype)
+
+
+class Int8Linear(_ScaledLinear):
+    """See `_ScaledLinear`; q is int8."""
+
+    scheme = "int8"
+
+    def _has_product(self, device: torch.device, n: int, k: int) -> bool:
+        # Of other sizes torch's product reads beyond the end, and the process dies (seen at K = 172).
+        return device.type == "cpu" and n % 16 == 0 and k % 64 == 0
+
+    def forward(self, x_TK: torch.Tensor) -> torch.Tensor:
+        """[T, N] in x's type."""
+        if self._multiplies and x_TK.dtype == torch.bfloat16 and x_TK.shape[0] <= _INT8_TOKENS:
+            return torch._weight_int8pack_mm(x_TK, self.q_NK, self.scale_N.to(x_TK.dtype))
+        return self._widened(x_TK, self.q_NK.to(x_TK.dtype))
+
+
+class Float8Linear(_ScaledLinear):
+    """See `_ScaledLinear`; q is float8_e4m3fn."""
+
+    scheme = "fp8"
+
+    def _has_product(self, device: torch.device, n: int, k: int) -> bool:
+        # On a CPU torch's product takes as long as its widening, which is the longer part of it.
+        newer = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+        return newer and n % 16 == 0 and k % 16 == 0
+
+    def forward(self, x_TK: torch.Tensor) -> torch.Tensor:
+        """[T, N] in x's type."""
+        if self._multiplies and x_TK.dtype == torch.bfloat16:
+            scale_T1 = x_TK.float().abs().amax(-1, keepdim=True) / FP8_MAX
+            scale_T1 = torch.where(scale_T1 > 0, scale_T1, torch.ones_like(scale_T1))
+            x8_TK = (x_TK / scale_T1).clamp(-FP8_MAX, FP8_MAX).to(FP8)
+            return torch._scaled_mm(
+                x8_TK, self.q_NK.t(), scale_a=scale_T1, scale_b=self.scale_N[None], out_dtype=x_TK.dtype
+            )
+        return self._widened(x_TK, _from_float8(self.q_NK, x_TK.dtype))
 
 
 class Int4Linear(nn.Module):
     """y = x · (scale · q + zero)ᵀ with q from 0 to 15, and a scale and a zero for each group of inputs.
+
+    On a CPU, in bfloat16, q and scales lie in the order and with the offset of 8 that torch's product wants; elsewhere
+    as `quantized_format.py` says.
 
     Args:
         weight_NK: floating point.
@@ -73,20 +130,25 @@ class Int4Linear(nn.Module):
 
     def __init__(self, weight_NK: torch.Tensor, group: int) -> None:
         super().__init__()
-        n, k = weight_NK.shape
-        grouped = weight_NK.float().view(n, k // group, group)
-        low_NG, high_NG = grouped.amin(-1), grouped.amax(-1)
-        scale_NG = _positive((high_NG - low_NG) / 15)
-        q = ((grouped - low_NG[..., None]) / scale_NG[..., None]).round().clamp(0, 15)
-        q_NK = q.to(torch.int32).view(n, k)
-        self.group, self.shape = group, (n, k)
-        self.packed = weight_NK.device.type == "cpu" and n % 16 == 0
-        if self.packed:  # in the order and with the offset of 8 that torch's product wants
-            q_NK = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q_NK, 1)
-            scale_GN2 = torch.stack([scale_NG, low_NG + 8 * scale_NG], -1).transpose(0, 1).contiguous()
-        else:
-            q_NK = (q_NK[:, ::2] | q_NK[:, 1::2] << 4).to(torch.uint8)
-            scale_GN2 = torch.stack([scale_NG, low_NG], -1).transpose(0, 1).contiguous()
+        form = Format("int4", group)
+        scale_GN2 = form.scale_of(weight_NK)
+        self._keep(form.quantise(weight_NK, scale_GN2), scale_GN2, group, weight_NK.dtype)
+
+    @classmethod
+    def of(cls, q_NK: torch.Tensor, scale_GN2: torch.Tensor, group: int, dtype: torch.dtype) -> Self:
+        """A layer of numbers that are quantised already; `dtype` is the activations'."""
+        made = cls.__new__(cls)
+        nn.Module.__init__(made)
+        made._keep(q_NK, scale_GN2, group, dtype)
+        return made
+
+    def _keep(self, q_NK: torch.Tensor, scale_GN2: torch.Tensor, group: int, dtype: torch.dtype) -> None:
+        self.group, self.shape = group, (q_NK.shape[0], 2 * q_NK.shape[1])
+        # In float32 torch's product takes ten times as long as widening.
+        self.packed = q_NK.device.type == "cpu" and q_NK.shape[0] % 16 == 0 and dtype == torch.bfloat16
+        if self.packed:
+            q_NK = _packed(q_NK)
+            scale_GN2[..., 1] += 8 * scale_GN2[..., 0]
         self.register_buffer("q_NK", q_NK)
         self.register_buffer("scale_GN2", scale_GN2)
 
@@ -95,51 +157,23 @@ class Int4Linear(nn.Module):
         if self.packed:
             scale = self.scale_GN2.to(x_TK.dtype)
             return _int4_product(x_TK.contiguous(), self.q_NK, self.group, scale)
-        return F.linear(x_TK, self.dequantized().to(x_TK.dtype))
+        return F.linear(x_TK, Format("int4", self.group).dequantise(self.q_NK, self.scale_GN2, x_TK.dtype))
 
     def dequantized(self) -> torch.Tensor:
         """The weight that this stands for, float32 [N, K]."""
-        n, k = self.shape
         if self.packed:
-            identity = torch.eye(k, dtype=torch.float32)
+            identity = torch.eye(self.shape[1], dtype=torch.float32)
             return _int4_product(identity, self.q_NK, self.group, self.scale_GN2).t()
-        q = torch.stack([self.q_NK & 15, self.q_NK >> 4], -1).view(n, k // self.group, self.group)
-        scale_NG2 = self.scale_GN2.transpose(0, 1)
-        return (q * scale_NG2[..., :1] + scale_NG2[..., 1:]).view(n, k)
+        return Format("int4", self.group).dequantise(self.q_NK, self.scale_GN2)
 
 
-class Float8Linear(nn.Module):
-    """y = x · (q · scale)ᵀ with q float8_e4m3fn [N, K] and a float32 scale [N].
-
-    Args:
-        weight_NK: floating point.
-    """
-
-    q_NK: torch.Tensor
-    scale_N: torch.Tensor
-
-    def __init__(self, weight_NK: torch.Tensor) -> None:
-        super().__init__()
-        scale_N = _positive(weight_NK.float().abs().amax(1) / _FP8_MAX)
-        self.register_buffer("q_NK", (weight_NK / scale_N[:, None]).clamp(-_FP8_MAX, _FP8_MAX).to(_FP8))
-        self.register_buffer("scale_N", scale_N)
-        device, (n, k) = weight_NK.device, weight_NK.shape
-        multiplies = device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 9)
-        self._multiplies = multiplies and n % 16 == 0 and k % 16 == 0
-
-    def forward(self, x_TK: torch.Tensor) -> torch.Tensor:
-        """[T, N] in x's type."""
-        if self._multiplies and x_TK.dtype == torch.bfloat16:
-            scale_T1 = _positive(x_TK.float().abs().amax(-1, keepdim=True) / _FP8_MAX)
-            x8_TK = (x_TK / scale_T1).clamp(-_FP8_MAX, _FP8_MAX).to(_FP8)
-            return torch._scaled_mm(
-                x8_TK, self.q_NK.t(), scale_a=scale_T1, scale_b=self.scale_N[None], out_dtype=x_TK.dtype
-            )
-        return (F.linear(x_TK, self.q_NK.to(x_TK.dtype)) * self.scale_N).to(x_TK.dtype)
-
-    def dequantized(self) -> torch.Tensor:
-        """The weight that this stands for, float32 [N, K]."""
-        return self.q_NK.float() * self.scale_N[:, None]
+def _packed(q_NK: torch.Tensor) -> torch.Tensor:
+    """Bytes of two inputs each, in the order of torch's product on this CPU; a few rows at a time."""
+    blocks = []
+    for rows in q_NK.split(_PACKED_ROWS):
+        q = torch.stack([rows & 15, rows >> 4], -1).view(rows.shape[0], -1).to(torch.int32)
+        blocks.append(torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1))
+    return torch.cat(blocks) if len(blocks) > 1 else blocks[0]
 
 
 def _int4_product(x_TK: torch.Tensor, q: torch.Tensor, group: int, scale_GN2: torch.Tensor) -> torch.Tensor:
@@ -147,9 +181,17 @@ def _int4_product(x_TK: torch.Tensor, q: torch.Tensor, group: int, scale_GN2: to
     return y_TN
 
 
-def _positive(scale: torch.Tensor) -> torch.Tensor:
-    """Scales of rows that are all zeros."""
-    return torch.where(scale > 0, scale, torch.ones_like(scale))
+def _from_float8(q_NK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The same numbers in `dtype`.
+
+    On a CPU torch converts one number after the other. Sign, exponent and mantissa of float8_e4m3fn, moved to where
+    bfloat16 has them, are the number times 2^-120 (exponents are biased by 7 and by 127).
+    """
+    if q_NK.device.type != "cpu":
+        return q_NK.to(dtype)
+    bits = q_NK.view(torch.int8).to(torch.int16)  # the sign is in the upper byte
+    bits = (bits & -0x8000) | ((bits & 0x7F) << 4)
+    return bits.view(torch.bfloat16).mul_(2.0**120).to(dtype)
 
 
 @torch.no_grad()
@@ -171,7 +213,7 @@ def quantize(model: Llama, scheme: str) -> None:
                     setattr(part, name, made)
     if kept:
         logger.warning(
-            "%d weights keep their type: %d does not divide the inputs of %s", len(kept), _GROUPS[-1], kept[0]
+            "%d weights keep their type: %d does not divide the inputs of %s", len(kept), GROUPS[-1], kept[0]
         )
 
 
@@ -180,13 +222,13 @@ def _quantized(weight_NK: torch.Tensor, scheme: str) -> nn.Module | None:
         return Int8Linear(weight_NK)
     if scheme == "fp8":
         return Float8Linear(weight_NK)
-    group = next((group for group in _GROUPS if weight_NK.shape[1] % group == 0), None)
-    return None if group is None else Int4Linear(weight_NK, group)
+    form = plain_format(scheme, weight_NK.shape[1])
+    return None if form is None else Int4Linear(weight_NK, form.group)
 
 
 def is_quantized(model: Llama) -> bool:
-    """Whether `quantize` has been here."""
-    return any(isinstance(module, Int8Linear | Int4Linear | Float8Linear) for module in model.modules())
+    """Whether some of its linear layers have fewer bits."""
+    return any(isinstance(module, _ScaledLinear | Int4Linear) for module in model.modules())
 
 
 def weight_bytes(model: Llama) -> int:

@@ -32,7 +32,10 @@ from tpserve.model.manifest import StoredManifest
 from tpserve.model.plan import chunk_bounds, tp_dim
 
 N_CHUNKS = 8
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {
+    "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I8": torch.int8, "U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn,
+}  # fmt: skip
 _MAX_HEADER_BYTES = 16 << 20  # of a layer it is one kilobyte
 _BLOCK_BYTES = 4 << 20
 

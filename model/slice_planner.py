@@ -6,6 +6,7 @@ DCP's own planner knows a rank's slice from its DTensor, and DTensor cuts evenly
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,19 +14,16 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from tpserve.model.plan import Share
-
 
 class SlicePlanner(LoadPlanner):
     """Plans the reading of one rank.
 
     Args:
-        share: this rank's; None: everything.
-        head_dim: of the model.
+        place: of a tensor's name: where this rank's slice begins (dimension, first, end); None: it is all of it.
     """
 
-    def __init__(self, share: Share | None, head_dim: int) -> None:
-        self._share, self._head_dim = share, head_dim
+    def __init__(self, place: Callable[[str], tuple[int, int, int] | None]) -> None:
+        self._place = place
         self._state: dict[str, torch.Tensor] = {}
         self._metadata: Metadata | None = None
 
@@ -40,7 +38,7 @@ class SlicePlanner(LoadPlanner):
         assert self._metadata is not None
         items: list[ReadItem] = []
         for name, tensor in self._state.items():
-            place = None if self._share is None else self._share.of(name, self._head_dim)
+            place = self._place(name)
             offsets = [0] * tensor.ndim
             if place is not None:
                 offsets[place[0]] = place[1]

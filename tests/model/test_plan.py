@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tpserve.model.args import ModelArgs
 from tpserve.model.llama import Llama
 from tpserve.model.plan import TP_DIM, chunk_bounds, even_bounds, parameter_kind, shares, show_shares, tp_dim
+from tpserve.model.quantized_plan import show_quantization
 
 ARGS = ModelArgs(dim=32, n_layers=3, n_heads=4, n_kv_heads=2, vocab_size=50, ffn_hidden_dim=48)
 
@@ -104,3 +105,14 @@ def test_the_table_says_who_holds_what() -> None:
     table = show_shares(ModelArgs(64, 5, 8, 4, 512, 172), 5).splitlines()
     assert table[1].split()[:5] == ["0", "0-0", "0-0", "0-35", "0-102"]
     assert table[-1].endswith("held twice or more: 1")
+
+
+def test_the_plan_of_int4_says_where_groups_are_cut() -> None:
+    args = ModelArgs(128, 2, 8, 4, 90, 384)
+    assert "128" in show_quantization(args, "int4", 1)
+    table = show_quantization(args, "int4", 8)
+    assert "wo has groups of 128 inputs, the ranks' slices of it: none; 8 ranks widen it" in table
+    assert "w2 is not: no size of group divides its 172 inputs" in show_quantization(
+        ModelArgs(64, 5, 8, 4, 512, 172), "int4", 2
+    )
+    assert show_quantization(args, "int8", 8) == "the layers' matrices are int8"
