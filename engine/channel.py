@@ -1,7 +1,7 @@
 """How the ranks of one group talk, beside their collectives: msgpack messages.
 
 On one machine over ipc sockets in a 0700 directory; between machines over TCP, encrypted and to nobody who has not
-the server's key (CurveZMQ; the key travels with the group's own rendezvous, `meeting.py`).
+the server's key (CurveZMQ; the keys come from whoever launched the group, or travel with its rendezvous, `meeting.py`).
 
 Rank 0 sends every other rank one `StepMessage` a step, in order and without loss; the others send back a
 `RankStatus` now and then, and a `Beat` at least once a second. Nobody waits for an answer.
@@ -24,6 +24,7 @@ _encoder = msgspec.msgpack.Encoder()
 _step_decoder = msgspec.msgpack.Decoder(StepMessage)
 _status_decoder = msgspec.msgpack.Decoder(Beat | RankStatus | RankTrace)
 BEAT_INTERVAL_S = 0.5
+KEYS_FILE = "keys.json"  # in a group's folder on each of its machines, if there are several
 
 
 class Addresses(msgspec.Struct, frozen=True):
@@ -45,6 +46,20 @@ class Addresses(msgspec.Struct, frozen=True):
     def in_folder(cls, folder: Path, size: int) -> Addresses:
         """Of a group of `size` ranks on one machine."""
         return cls([f"ipc://{folder}/rank{r}" for r in range(1, size)], f"ipc://{folder}/status")
+
+
+class ChannelKeys(msgspec.Struct, frozen=True):
+    """CurveZMQ's, of one group over several machines, in Z85: the leader's pair, and one that all others share."""
+
+    server_key: str
+    server_secret: str
+    client_key: str
+    client_secret: str
+
+    @classmethod
+    def draw(cls) -> ChannelKeys:
+        """New ones."""
+        return cls(*(key.decode() for _ in range(2) for key in zmq.curve_keypair()))
 
 
 def new_socket(kind: int, address: str, *, bind: bool, **options: Any) -> zmq.Socket[bytes]:

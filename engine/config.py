@@ -21,6 +21,7 @@ _POSITIVE = (
     "start_timeout_s",
     "step_timeout_s",
     "checksum_interval",
+    "num_nodes",
 )
 
 
@@ -35,7 +36,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         device: "auto" (CUDA where there is one), "cuda" or "cpu".
         dtype: of weights and activations: "auto" (the checkpoint's; float32 on a CPU), "float32", "float16" or
             "bfloat16".
-        quantization: of the blocks' weights, when they are loaded: None, "int8", "int4" or "fp8".
+        quantization: of the blocks' weights, when they are loaded: None (as the checkpoint has them), "int8", "int4"
+            or "fp8".
         kv_cache_dtype: "auto" (as activations) or "fp8" (float8_e4m3fn: half the bytes, twice the tokens).
         max_seq_len: longest prompt plus output, in tokens.
         max_num_seqs: sequences that may run at once.
@@ -64,6 +66,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         standby: a second group of ranks waits, imported but without device or memory, and takes over when one dies.
         elastic: when devices are missing, or a group does not come back, it goes on at the largest smaller
             tensor_parallel_size that fits.
+        num_nodes: machines that the ranks are spread over evenly; above 1, the others run `tpserve node`
+            (`docs/machines.md`).
+        node_address: of this machine, as the others reach it.
+        node_port: where it waits for them.
+        node_key_file: a file with the key that all of them share; None: it is in TPSERVE_NODE_KEY.
     """
 
     checkpoint_dir: str
@@ -96,6 +103,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     restart_window_s: float = 300.0
     standby: bool = True
     elastic: bool = False
+    num_nodes: int = 1
+    node_address: str = ""
+    node_port: int = 29400
+    node_key_file: str | None = None
 
     def __post_init__(self) -> None:
         for name in _POSITIVE:
@@ -132,6 +143,15 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise ConfigError(
                 f"gpu_memory_utilization must be above 0 and at most 1, got {self.gpu_memory_utilization}"
             )
+        if self.tensor_parallel_size % self.num_nodes:
+            raise ConfigError(
+                f"tensor_parallel_size ({self.tensor_parallel_size}) must be a multiple of num_nodes "
+                f"({self.num_nodes}): each machine has as many ranks"
+            )
+        if self.num_nodes > 1 and not self.node_address:
+            raise ConfigError(f"num_nodes is {self.num_nodes}: node_address must say where the others reach this one")
+        if self.num_nodes > 1 and self.elastic:
+            raise ConfigError("elastic is for one machine: a group over several waits until all are back")
 
     @classmethod
     def field_names(cls) -> tuple[str, ...]:

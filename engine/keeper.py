@@ -19,8 +19,7 @@ from tpserve.engine.owner import Owner
 from tpserve.engine.protocol import Event, Failed, Heartbeat, Outputs, RankTrace, Ready, Reply, Status
 from tpserve.engine.recovery import Recovery
 from tpserve.engine.restarts import Restarts
-from tpserve.engine.standby import Standby
-from tpserve.engine.supervisor import RankGroup
+from tpserve.engine.standby import Group, Standby
 from tpserve.model.args import ModelArgs
 
 _POLL_S = 0.05
@@ -61,7 +60,7 @@ class GroupKeeper:
         self.num_restarts = 0
         self.freshness = Freshness()
         self._closing = threading.Event()
-        self._group: RankGroup | None = None
+        self._group: Group | None = None
         self._asked: dict[int, list[Any]] = {}  # what the ranks have answered to open questions
         self._next_id = 0
         self._restarts = Restarts(config.max_restarts, config.restart_window_s)
@@ -192,7 +191,7 @@ class GroupKeeper:
             changes["device"] = self.last_info.device.partition(":")[0]
         return msgspec.structs.replace(self._config, **changes)
 
-    def _serve(self, group: RankGroup) -> EngineError | ConfigError | None:
+    def _serve(self, group: Group) -> EngineError | ConfigError | None:
         """Listens until the group fails (returns why) or the keeper closes (returns None)."""
         heard_s = time.monotonic()
         ended_s: float | None = None
@@ -230,7 +229,7 @@ class GroupKeeper:
                 self._standby.tend(self._next_config())
         return None
 
-    def _take(self, group: RankGroup, reply: Reply) -> None:
+    def _take(self, group: Group, reply: Reply) -> None:
         match reply:
             case Outputs():
                 self._owner.take(reply)
@@ -247,7 +246,7 @@ class GroupKeeper:
             case RankTrace(trace_id):
                 self._answer(trace_id, reply)
 
-    def _ready(self, group: RankGroup, info: Ready) -> None:
+    def _ready(self, group: Group, info: Ready) -> None:
         now_s = time.monotonic()
         logger.info("the rank group is ready: %d ranks, pids %s", info.tensor_parallel_size, group.pids)
         self._size.served()

@@ -1,8 +1,12 @@
-"""torchrun that dies with the process that asked for it: `python -m tpserve.engine.launch PARENT_PID …`."""
+"""torchrun that dies with the process that asked for it: `python -m tpserve.engine.launch PARENT_PID STORE …`.
+
+STORE says where torchrun's store is: "loopback", "elsewhere", or the number of an inherited socket that listens.
+"""
 
 from __future__ import annotations
 
 import os
+import socket
 import sys
 
 from tpserve.engine.process import LAUNCHER_PID, die_with_parent
@@ -13,6 +17,11 @@ if __name__ == "__main__":
     # Imported here: they take a second, in which the parent may end.
     from torch.distributed.run import main
 
-    from tpserve.engine.loopback import listen_on_loopback
+    from tpserve.engine.loopback import listen_on, listen_on_loopback
 
-    main(["--master-addr", "127.0.0.1", "--master-port", str(listen_on_loopback()), *sys.argv[2:]])
+    where, arguments = sys.argv[2], sys.argv[3:]
+    if where == "loopback":
+        arguments = ["--master-addr", "127.0.0.1", "--master-port", str(listen_on_loopback()), *arguments]
+    elif where != "elsewhere":
+        listen_on(socket.socket(fileno=int(where)))
+    main(arguments)

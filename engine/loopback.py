@@ -1,4 +1,4 @@
-"""torchrun's store on the loopback interface: by itself it listens on every interface, whatever --master-addr says."""
+"""torchrun's store on one interface: by itself it listens on every one, whatever --master-addr says."""
 
 from __future__ import annotations
 
@@ -19,6 +19,12 @@ def listen_on_loopback() -> int:
     """
     listening = socket.create_server(("127.0.0.1", 0))
     port: int = listening.getsockname()[1]
+    listen_on(listening)
+    return port
+
+
+def listen_on(listening: socket.socket) -> None:
+    """Gives the store of the `torchrun` that this process is about to become a socket that listens already."""
 
     def store(
         host: str, port: int, world_size: int, is_master: bool, timeout: datetime.timedelta, multi_tenant: bool
@@ -28,4 +34,3 @@ def listen_on_loopback() -> int:
         )
 
     static_tcp_rendezvous.TCPStore = store  # type: ignore[assignment, attr-defined]  # the one place that makes it
-    return port

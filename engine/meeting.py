@@ -13,9 +13,8 @@ from pathlib import Path
 import msgspec
 import torch
 import torch.distributed as dist
-import zmq
 
-from tpserve.engine.channel import Addresses, FollowerChannel, LeaderChannel
+from tpserve.engine.channel import KEYS_FILE, Addresses, ChannelKeys, FollowerChannel, LeaderChannel
 from tpserve.model.parallel import TensorParallel
 
 _MAX_BYTES = 1 << 16
@@ -31,17 +30,23 @@ def leader_channel(
         tp: this rank's place.
         device: of the group's collectives.
         timeout_s: see `LeaderChannel`.
-        folder: for sockets on one machine, 0700, known to all ranks; None: one is made and told them.
+        folder: 0700, for sockets on one machine, known to all ranks, None: one is made and told them; over several
+            machines, each has its own, and in it the channel's keys, if not they are drawn and told.
     """
     with contextlib.ExitStack() as undo:
         if not is_one_machine():
-            channel = _tcp_channel(tp.size, timeout_s)
+            channel = _tcp_channel(tp.size, timeout_s, _keys_in(folder) or ChannelKeys.draw())
         else:
             if folder is None:
                 own = Path(tempfile.mkdtemp(prefix="tpserve-"))  # mode 0700
                 undo.callback(shutil.rmtree, own, ignore_errors=True)
             channel = LeaderChannel(Addresses.in_folder(folder or own, tp.size), timeout_s)
-        if folder is None or not is_one_machine():
+        if not is_one_machine():
+            addresses = channel.addresses
+            if _keys_in(folder) is not None:  # the others have them from whoever launched them
+                addresses = msgspec.structs.replace(addresses, server_key="", client_key="", client_secret="")
+            _tell(addresses, tp, device)
+        elif folder is None:
             _tell(channel.addresses, tp, device)
         yield channel
 
@@ -52,7 +57,11 @@ def follower_channel(
     """The channel of a rank above 0; see `leader_channel`."""
     if folder is not None and is_one_machine():
         return FollowerChannel(Addresses.in_folder(folder, tp.size), tp.rank, timeout_s)
-    return FollowerChannel(_tell(None, tp, device), tp.rank, timeout_s)
+    addresses, keys = _tell(None, tp, device), _keys_in(folder)
+    if keys is not None:
+        names = "server_key", "client_key", "client_secret"
+        addresses = msgspec.structs.replace(addresses, **{name: getattr(keys, name) for name in names})
+    return FollowerChannel(addresses, tp.rank, timeout_s)
 
 
 def is_one_machine() -> bool:
@@ -61,18 +70,19 @@ def is_one_machine() -> bool:
     return os.environ.get("LOCAL_WORLD_SIZE", world_size) == world_size
 
 
-def _tcp_channel(size: int, timeout_s: float) -> LeaderChannel:
+def _tcp_channel(size: int, timeout_s: float, keys: ChannelKeys) -> LeaderChannel:
     # Where the others have found the rendezvous they find this machine, too.
     host = socket.gethostbyname(os.environ["MASTER_ADDR"])
-    (server_key, secret), (client_key, client_secret) = (_key_pair() for _ in range(2))
     anywhere = [f"tcp://{host}:*"] * size
-    addresses = Addresses(anywhere[1:], anywhere[0], server_key, client_key, client_secret)
-    return LeaderChannel(addresses, timeout_s, secret)
+    addresses = Addresses(anywhere[1:], anywhere[0], keys.server_key, keys.client_key, keys.client_secret)
+    return LeaderChannel(addresses, timeout_s, keys.server_secret)
 
 
-def _key_pair() -> tuple[str, str]:
-    public, secret = zmq.curve_keypair()
-    return public.decode(), secret.decode()
+def _keys_in(folder: Path | None) -> ChannelKeys | None:
+    """The group's, where whoever launched it has given it some."""
+    if folder is None or not (folder / KEYS_FILE).exists():
+        return None
+    return msgspec.json.decode((folder / KEYS_FILE).read_bytes(), type=ChannelKeys)
 
 
 def _tell(addresses: Addresses | None, tp: TensorParallel, device: torch.device) -> Addresses:

@@ -200,4 +200,8 @@ class Outputs(msgspec.Struct, frozen=True, tag="outputs", omit_defaults=True):
     scheduled: list[str] = []
 
 
-Reply = Ready | Failed | Heartbeat | Status | RankTrace | Outputs
+class Waiting(msgspec.Struct, frozen=True, tag="waiting"):
+    """The group is not launched yet, for a machine is missing: that is no silence. Never sent, only received."""
+
+
+Reply = Ready | Failed | Heartbeat | Status | RankTrace | Outputs | Waiting

@@ -6,10 +6,14 @@ import logging
 import time
 
 from tpserve.engine.config import EngineConfig
+from tpserve.engine.node_group import GroupOverNodes
+from tpserve.engine.node_hub import NodeHub
 from tpserve.engine.supervisor import RankGroup
 
 _AGAIN_S = 30.0  # a standby that died by itself may do so again
 _LOOK_S = 1.0
+
+Group = RankGroup | GroupOverNodes
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +27,8 @@ class Standby:
 
     def __init__(self, wanted: bool) -> None:
         self._wanted = wanted
-        self._group: RankGroup | None = None
+        self._group: Group | None = None
+        self._hub: NodeHub | None = None
         self._not_before_s = 0.0
         self._looked_s = 0.0
 
@@ -47,16 +52,16 @@ class Standby:
             if reason is None:
                 return
             logger.warning("the standby group: %s", reason)
-            self.close()
+            self._drop()
             self._not_before_s = time.monotonic() + _AGAIN_S
         if time.monotonic() >= self._not_before_s:
             try:
-                self._group = RankGroup(config)
+                self._group = self._new(config)
             except Exception:  # no disk, no process: whoever serves goes on
                 logger.exception("launching a standby group")
                 self._not_before_s = time.monotonic() + _AGAIN_S
 
-    def take(self, config: EngineConfig) -> RankGroup:
+    def take(self, config: EngineConfig) -> Group:
         """A group that has been told to go on: the one that waited, if it lives and is what is wanted.
 
         Raises:
@@ -67,9 +72,16 @@ class Standby:
             group.kill()
             group = None
         if group is None:
-            group = RankGroup(config)
+            group = self._new(config)
         group.go()
         return group
+
+    def _new(self, config: EngineConfig) -> Group:
+        if config.num_nodes == 1:
+            return RankGroup(config)
+        if self._hub is None:
+            self._hub = NodeHub(config)
+        return GroupOverNodes(config, self._hub)
 
     def _stopped(self) -> str | None:
         now_s = time.monotonic()
@@ -79,7 +91,13 @@ class Standby:
         return "one of its processes was stopped" if self._group.is_stopped else None
 
     def close(self) -> None:
-        """Leaves no process."""
+        """Leaves no process, and waits for no machine any more."""
+        self._drop()
+        hub, self._hub = self._hub, None
+        if hub is not None:
+            hub.close()
+
+    def _drop(self) -> None:
         group, self._group = self._group, None
         if group is not None:
             group.kill()

@@ -17,8 +17,9 @@ from pathlib import Path
 import msgspec
 import zmq
 
-from tpserve.engine.channel import new_socket
+from tpserve.engine.channel import KEYS_FILE, new_socket
 from tpserve.engine.config import EngineConfig
+from tpserve.engine.node_place import Place, interface_of
 from tpserve.engine.process import (
     children,
     command_line,
@@ -44,13 +45,19 @@ class RankGroup:
 
     Args:
         config: what the ranks are told.
+        place: of a group over several machines: which part of it this is, the others' being launched by others.
+
+    Attributes:
+        has_gone: `go` was called.
     """
 
     # The module that a rank runs; benchmarks of everything else name one that computes nothing.
     worker = os.environ.get("TPSERVE_WORKER", "tpserve.engine.worker")
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, place: Place | None = None) -> None:
         self.config = config
+        self._size = config.tensor_parallel_size // config.num_nodes  # ranks here
+        self.has_gone = False
         self._seen: set[int] = set()
         self._pid_of: dict[int, int] = {}  # torchrun's and the ranks', by their pidfds
         self._ended: int | None = None  # who ended first
@@ -61,6 +68,8 @@ class RankGroup:
             self.folder = Path(tempfile.mkdtemp(prefix="tpserve-"))  # mode 0700
             undo.callback(shutil.rmtree, self.folder, ignore_errors=True)
             (self.folder / "config.json").write_bytes(msgspec.json.encode(config))
+            if place is not None:
+                (self.folder / KEYS_FILE).write_bytes(msgspec.json.encode(place.keys))
             os.mkfifo(self.folder / GO_FILE, 0o600)
             # Read and write: opening does not wait, and the bytes stay until they are read.
             self._go = os.open(self.folder / GO_FILE, os.O_RDWR)
@@ -70,8 +79,11 @@ class RankGroup:
             self._poller.register(self._replies, zmq.POLLIN)
             self._events = new_socket(zmq.PUSH, f"ipc://{self.folder}/events", bind=False)
             undo.callback(self._events.close)
-            command, env = _command(config, self.folder), _environment(config)
-            self._process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, start_new_session=True)
+            command, env = _command(config, self.folder, place), _environment(config, place)
+            store = () if place is None or place.store is None else (place.store.fileno(),)
+            self._process = subprocess.Popen(
+                command, env=env, stdin=subprocess.DEVNULL, start_new_session=True, pass_fds=store
+            )
             undo.callback(self._close_pidfds)
             self._watch(self._process.pid)
             self._cleanup = undo.pop_all()
@@ -107,7 +119,8 @@ class RankGroup:
 
     def go(self) -> None:
         """Lets the ranks take their devices, load, and serve; once."""
-        os.write(self._go, b"g" * self.config.tensor_parallel_size)
+        self.has_gone = True
+        os.write(self._go, b"g" * self._size)
 
     def send(self, event: Event) -> None:
         """Sends an event to rank 0; callers hold a lock, for a socket belongs to one thread at a time."""
@@ -152,7 +165,7 @@ class RankGroup:
         self._cleanup.close()
 
     def _watch_ranks(self) -> None:
-        if len(self._pid_of) > self.config.tensor_parallel_size or self._ended is not None:
+        if len(self._pid_of) > self._size or self._ended is not None:
             return
         for pid in children(self._process.pid):
             # Before its exec a child still has torchrun's arguments; after it the folder is a rank's last one.
@@ -190,24 +203,32 @@ def wait_for_go(folder: Path, meanwhile: Callable[[], None]) -> bool:
         os.close(fd)
 
 
-def _command(config: EngineConfig, folder: Path) -> list[str]:
-    # The static rendezvous exchanges nothing pickled, the c10d one does; on one node it knows all that is needed.
+def _command(config: EngineConfig, folder: Path, place: Place | None) -> list[str]:
+    # The static rendezvous exchanges nothing pickled, the c10d one does; a supervisor knows all that is needed.
     torchrun = (
-        f"--nnodes 1 --nproc-per-node {config.tensor_parallel_size} --rdzv-backend static "
-        "--max-restarts 0 --monitor-interval 0.1"
+        f"--nnodes {config.num_nodes} --nproc-per-node {config.tensor_parallel_size // config.num_nodes} "
+        "--rdzv-backend static --max-restarts 0 --monitor-interval 0.1"
     ).split()
-    launcher = [sys.executable, "-m", "tpserve.engine.launch", str(os.getpid())]
+    store = "loopback"
+    if place is not None:
+        store = "elsewhere" if place.store is None else str(place.store.fileno())
+        torchrun += ["--node-rank", str(place.rank), "--local-addr", place.own_address]
+        torchrun += ["--master-addr", place.address, "--master-port", str(place.port)]
+    launcher = [sys.executable, "-m", "tpserve.engine.launch", str(os.getpid()), store]
     return [*launcher, *torchrun, "-m", "tpserve.engine.rank", RankGroup.worker, str(folder)]
 
 
-def _environment(config: EngineConfig) -> dict[str, str]:
+def _environment(config: EngineConfig, place: Place | None = None) -> dict[str, str]:
     env = environment_without_torchrun()
-    # All ranks are on this machine: gloo would otherwise look up the host's name and bind to that address, and NCCL
-    # listen on the first interface that others can reach, for as long as the group lives.
-    env.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    env.setdefault("NCCL_SOCKET_IFNAME", "lo")
-    env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // config.tensor_parallel_size)))
-    if config.tensor_parallel_size == 1:
+    # Where all ranks are on this machine, gloo would otherwise look up the host's name and bind to that address, and
+    # NCCL listen on the first interface that others can reach, for as long as the group lives.
+    interface = "lo" if place is None else interface_of(place.own_address)
+    if interface is not None:
+        env.setdefault("GLOO_SOCKET_IFNAME", interface)
+        env.setdefault("NCCL_SOCKET_IFNAME", interface)
+    size = config.tensor_parallel_size // config.num_nodes
+    env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // size)))
+    if size == 1:
         # About a millisecond: longer than from one loop of a step to the next, shorter than anybody notices.
         env.setdefault("GOMP_SPINCOUNT", "100000")
     else:
