@@ -213,6 +213,7 @@ def _free_cuda_bytes(config: EngineConfig, loaded: LoadedModel) -> int:
     torch.cuda.reset_peak_memory_stats(loaded.device)
     cache = _cache(config, loaded, blocks)
     runner = _runner(config, loaded, cache, graphs=False)
+    runner.warm_up()  # kernels compiled together, sooner than one by one below
     prompt = Sequence("profile", [0] * length, SamplingParams(), max_seq_len=length + 1, eos_token_ids=())
     prompt.block_table, prompt.row = list(range(blocks)), 0
     step = runner.launch(StepPlan([ScheduledSequence(prompt, 0, length, (prompt,), [])], loads=[prompt]))

@@ -3,9 +3,9 @@
 The same network as `Llama.forward`, on the joined weights of `decode_step.fuse`: cuBLAS's products, and between them
 one kernel each for residual add and norm, rotation and cache write, SiLU · up. The residual stream is float32.
 
-Over several ranks a sum of thousands of tokens takes a sixth of the step. So such a step's tokens are cut into two
-halves that take turns: while NCCL adds up the one's products, the device computes the other's. The second half's
-attention reads the keys that the first has just written, which the order of the launches sees to.
+Over several ranks the sums of thousands of tokens take a sixth of the step. So such a step's tokens are cut into two
+halves that take turns: while one's products are added up (`dealt_residual.py`), the device computes the other's. The
+second half's attention reads the keys that the first has just written, which the order of the launches sees to.
 
 Shape suffixes: T tokens, S sequences that decode (their tokens come first), P chunks of prompts, D residual width,
 H query and K key/value heads of this rank, E head width, N rows whose logits are asked for, V vocabulary.
@@ -13,14 +13,12 @@ H query and K key/value heads of this rank, E head width, N rows whose logits ar
 
 from __future__ import annotations
 
-import collections
 import dataclasses
-import itertools
 from collections.abc import Generator
 
 import torch
-import torch.distributed as dist
 
+from tpserve.model.dealt_residual import DealtResidual, residual_of
 from tpserve.model.decode_step import FusedLayer
 from tpserve.model.kernels import pointwise, rows
 from tpserve.model.kernels.paged_attention import (
@@ -34,7 +32,7 @@ from tpserve.model.kernels.prefill_attention import paged_prefill_attention, pre
 from tpserve.model.kernels.rope import rope_and_write
 from tpserve.model.kv_cache import PagedKVCache
 from tpserve.model.llama import Llama
-from tpserve.model.parallel import TensorParallel
+from tpserve.model.parallel import TensorParallel, background_group
 from tpserve.model.symmetric_sum import SymmetricSum
 
 MIN_TOKENS_IN_TURNS = 2048  # of a step whose halves take turns; smaller products are slower than the sums they hide
@@ -66,20 +64,24 @@ class _Part:
     """Tokens that are computed together.
 
     Attributes:
-        residual_TD: float32.
         rows_T, positions_T, slots_T: int64, as for the step; slot -1: none.
         num_decodes: S.
         tiles: of the chunks' attention; None: there are none.
         out_THE: where attention writes.
     """
 
-    residual_TD: torch.Tensor
     rows_T: torch.Tensor
     positions_T: torch.Tensor
     slots_T: torch.Tensor
     num_decodes: int
     tiles: torch.Tensor | None
     out_THE: torch.Tensor
+
+
+# What a part asks for: x and w, whose product's sum over the ranks goes into the residual stream, and the gain of the
+# norm that it goes on with.
+_Wish = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+_Layers = Generator[_Wish, torch.Tensor, None]
 
 
 class FusedForward:
@@ -110,6 +112,10 @@ class FusedForward:
         self._heads = layers[0].wo_DN.shape[1] // self._head_dim
         self._max_len = tables_RB.shape[1] * cache.block_size
         self._processors = torch.cuda.get_device_properties(tables_RB.device).multi_processor_count
+        if tp.size > 1:
+            assert tp.group is not None
+            self._background = background_group(tp.group)
+            self._stream = torch.cuda.Stream(tables_RB.device)  # type: ignore[no-untyped-call]
 
     def __call__(
         self,
@@ -144,35 +150,39 @@ class FusedForward:
                 out_THE.dtype,
             )  # fmt: skip
             return _Part(
-                residual_TD[lo:hi], rows_T[lo:hi], positions_T[lo:hi], slots_T[lo:hi], num_decodes if lo == 0 else 0,
-                tiles, out_THE[lo:hi],
-            )  # fmt: skip
+                rows_T[lo:hi], positions_T[lo:hi], slots_T[lo:hi], num_decodes if lo == 0 else 0, tiles, out_THE[lo:hi]
+            )
 
-        middle = t // 256 * 128
-        if self._tp.size > 1 and chunks is not None and t >= MIN_TOKENS_IN_TURNS and num_decodes <= middle:
-            parts = [part(0, middle, chunks.cut(0, middle)), part(middle, t, chunks.cut(middle, t))]
+        middle, eps, last = t // 256 * 128, model.args.norm_eps, self._layers[-1]
+        x_TD = rows.add_norm(None, residual_TD, self._layers[0].attention_norm_D, eps)
+        large = self._tp.size > 1 and t >= MIN_TOKENS_IN_TURNS and num_decodes <= middle
+        if large and chunks is not None and rows_N is not None:
+            halves = [(0, middle), (middle, t)]
+            dealt = [
+                DealtResidual(residual_TD[lo:hi], self._tp, self._background, self._stream, eps) for lo, hi in halves
+            ]
+            parts = [self._layers_of(part(lo, hi, chunks.cut(lo, hi)), x_TD[lo:hi]) for lo, hi in halves]
+            _take_turns(parts, dealt)
+            residual_ND = residual_of(rows_N, residual_TD, [lo for lo, _ in halves], dealt, self._tp)
+            out_NHE = out_THE[rows_N]
         else:
-            parts = [part(0, t, chunks)]
-        self._take_turns([self._layers_of(each) for each in parts])
-        if rows_N is not None:  # of the other tokens, only keys and values were wanted
-            out_THE, residual_TD = out_THE[rows_N], residual_TD[rows_N]
-        last, eps = self._layers[-1], model.args.norm_eps
-        y_ND = self._sum(self._product(out_THE.flatten(1), last.wo_DN))
-        act_NF = self._feed_forward(y_ND, residual_TD, last)
-        y_ND = self._sum(self._product(act_NF, last.w2_DF))
-        x_ND = rows.add_norm(y_ND, residual_TD, model.norm.weight, eps)
+            self._run(self._layers_of(part(0, t, chunks), x_TD), residual_TD)
+            # Of the other tokens, only keys and values were wanted.
+            residual_ND, out_NHE = (x if rows_N is None else x[rows_N] for x in (residual_TD, out_THE))
+        x_ND = self._add(out_NHE.flatten(1), last.wo_DN, residual_ND, last.ffn_norm_D)
+        x_ND = self._add(_feed_forward(x_ND, last), last.w2_DF, residual_ND, model.norm.weight)
         return model.gather(x_ND @ model.output.weight.t()).float()
 
-    def _layers_of(self, part: _Part) -> Generator[torch.Tensor]:
-        """All up to the last layer's attention; goes on after what it yields is summed over the ranks."""
-        eps, size, decodes = self._model.args.norm_eps, self._cache.block_size, slice(0, part.num_decodes)
+    def _layers_of(self, part: _Part, x_TD: torch.Tensor) -> _Layers:
+        """All up to the last layer's attention, from the first norm; what is sent is what was wished for."""
+        size, decodes = self._cache.block_size, slice(0, part.num_decodes)
         lens_S = part.positions_T[decodes] + 1
         scratch, splits = self._scratch(part.num_decodes)
-        y_TD: torch.Tensor | None = None
         for i, (layer, k_cache, v_cache) in enumerate(zip(self._layers, self._cache.k, self._cache.v, strict=True)):
-            qkv_TN = rows.add_norm(y_TD, part.residual_TD, layer.attention_norm_D, eps) @ layer.wqkv_ND.t()
             q_THE = torch.empty_like(part.out_THE)
-            rope_and_write(qkv_TN, q_THE, k_cache, v_cache, self._model.rope_PC2, part.positions_T, part.slots_T)
+            rope_and_write(
+                x_TD @ layer.wqkv_ND.t(), q_THE, k_cache, v_cache, self._model.rope_PC2, part.positions_T, part.slots_T
+            )
             if scratch is not None:
                 paged_decode_attention(
                     q_THE[decodes], k_cache, v_cache, self._tables_RB, part.rows_T[decodes], lens_S,
@@ -182,40 +192,29 @@ class FusedForward:
                 paged_prefill_attention(
                     q_THE, k_cache, v_cache, self._tables_RB, part.tiles, part.out_THE, block_size=size
                 )
-            if i == len(self._layers) - 1:
-                return
-            y_TD = self._product(part.out_THE.flatten(1), layer.wo_DN)
-            yield y_TD
-            y_TD = self._product(self._feed_forward(y_TD, part.residual_TD, layer), layer.w2_DF)
-            yield y_TD
+            if i < len(self._layers) - 1:
+                x_TD = yield part.out_THE.flatten(1), layer.wo_DN, layer.ffn_norm_D
+                x_TD = yield _feed_forward(x_TD, layer), layer.w2_DF, self._layers[i + 1].attention_norm_D
 
-    def _feed_forward(self, y_TD: torch.Tensor, residual_TD: torch.Tensor, layer: FusedLayer) -> torch.Tensor:
-        """Adds y to the residual stream; SiLU(gate) · up of its norm, [T, F]."""
-        wide_TN = rows.add_norm(y_TD, residual_TD, layer.ffn_norm_D, self._model.args.norm_eps) @ layer.w13_ND.t()
-        act_TF = wide_TN.new_empty(len(wide_TN), wide_TN.shape[1] // 2)
-        pointwise.silu_mul(wide_TN, act_TF)
-        return act_TF
+    def _run(self, layers: _Layers, residual_TD: torch.Tensor) -> None:
+        """One part, from end to end."""
+        wish = next(layers, None)
+        while wish is not None:
+            x_TN, w_DN, gain_D = wish
+            wish = _send(layers, self._add(x_TN, w_DN, residual_TD, gain_D))
 
-    def _take_turns(self, parts: list[Generator[torch.Tensor]]) -> None:
-        """Runs them to their ends; a sum of one is under way while the next computes."""
-        if len(parts) == 1:
-            for y_TD in parts[0]:
-                self._sum(y_TD)
-            return
-        turns: collections.deque[tuple[Generator[torch.Tensor], dist.Work | None]]
-        turns = collections.deque((part, None) for part in parts)
-        while turns:
-            part, work = turns.popleft()
-            if work is not None:
-                work.wait()  # the stream waits, not this process
-            for y_TD in itertools.islice(part, 1):
-                turns.append((part, dist.all_reduce(y_TD, group=self._tp.group, async_op=True)))
-
-    def _product(self, x_TN: torch.Tensor, w_DN: torch.Tensor) -> torch.Tensor:
-        """A rank's share of a sum, where it can be added up."""
+    def _add(
+        self, x_TN: torch.Tensor, w_DN: torch.Tensor, residual_TD: torch.Tensor, gain_D: torch.Tensor
+    ) -> torch.Tensor:
+        """residual += the sum over ranks of x · wᵀ; returns its norm."""
         if self._symmetric is not None and self._symmetric.fits(len(x_TN)):
-            return torch.mm(x_TN, w_DN.t(), out=self._symmetric.buffer(len(x_TN)))
-        return x_TN @ w_DN.t()
+            y_TD = torch.mm(x_TN, w_DN.t(), out=self._symmetric.buffer(len(x_TN)))
+            self._symmetric.sum(y_TD)
+        else:
+            y_TD = x_TN @ w_DN.t()
+            if self._tp.size > 1:
+                self._tp.all_reduce(y_TD)
+        return rows.add_norm(y_TD, residual_TD, gain_D, self._model.args.norm_eps)
 
     @torch.no_grad()
     def compile(self) -> None:
@@ -229,14 +228,39 @@ class FusedForward:
             chunks = Chunks(empty_P, none.new_full((num_chunks + 1,), num_decodes), empty_P)
             self(none, none, torch.full_like(none, -1), num_decodes, chunks, None)
 
-    def _sum(self, y_TD: torch.Tensor) -> torch.Tensor:
-        if self._symmetric is not None and self._symmetric.fits(len(y_TD)):
-            return self._symmetric.sum(y_TD)
-        return self._tp.all_reduce(y_TD) if self._tp.size > 1 else y_TD
-
     def _scratch(self, num_decodes: int) -> tuple[DecodeScratch | None, int]:
         if not num_decodes:
             return None, 0
         splits = choose_splits(num_decodes, self._kv_heads, self._max_len, self._processors)
         device = self._tables_RB.device
         return decode_scratch(num_decodes, self._heads, self._head_dim, splits, device), splits
+
+
+def _feed_forward(x_TD: torch.Tensor, layer: FusedLayer) -> torch.Tensor:
+    """SiLU(gate) · up, [T, F]."""
+    wide_TN = x_TD @ layer.w13_ND.t()
+    act_TF = wide_TN.new_empty(len(wide_TN), wide_TN.shape[1] // 2)
+    pointwise.silu_mul(wide_TN, act_TF)
+    return act_TF
+
+
+def _take_turns(parts: list[_Layers], residuals: list[DealtResidual]) -> None:
+    """Runs parts to their ends: a sum of one is under way while another computes."""
+    running = list(zip(parts, residuals, strict=True))
+    wishes = (next(part, None) for part in parts)  # each computed when the one before has been started
+    while running:
+        going_on = []
+        for (part, residual), wish in zip(running, wishes, strict=True):
+            if wish is not None:
+                residual.start_adding(*wish)
+                going_on.append((part, residual))
+        running = going_on
+        wishes = (_send(part, residual.normed()) for part, residual in running)
+
+
+def _send(part: _Layers, x_TD: torch.Tensor) -> _Wish | None:
+    """The next wish; None: there is none."""
+    try:
+        return part.send(x_TD)
+    except StopIteration:
+        return None
