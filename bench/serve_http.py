@@ -30,6 +30,7 @@ class _Connection(asyncio.Protocol):
         self.body = b""  # of a reply that is no stream
         self._done: asyncio.Future[None] | None = None
         self.idle_since_s = 0.0
+        self.lost = asyncio.get_running_loop().create_future()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -94,11 +95,9 @@ class _Connection(asyncio.Protocol):
             else:  # more is needed, it paused, or it was closed
                 return
 
-    def eof_received(self) -> bool:
-        self.connection_lost(None)
-        return False
-
     def connection_lost(self, exc: Exception | None) -> None:
+        if not self.lost.done():
+            self.lost.set_result(None)
         now_s = time.perf_counter()
         try:  # a reply without a length ends with the connection
             if self._http.their_state is h11.SEND_BODY:
@@ -145,6 +144,7 @@ class Client:
             self._headers.append(("Authorization", f"Bearer {api_key}"))
         self._timeout_s = timeout_s
         self._idle: list[_Connection] = []
+        self._open: set[_Connection] = set()
 
     async def stream(self, path: str, body: bytes, due_s: float) -> Answer:
         """One streamed answer; whatever goes wrong is its `error`."""
@@ -199,10 +199,14 @@ class Client:
             connection.close()
         loop = asyncio.get_running_loop()
         _, connection = await loop.create_connection(_Connection, self._host, self._port, ssl=self._ssl)
+        self._open.add(connection)
+        connection.lost.add_done_callback(lambda _: self._open.discard(connection))
         return connection, False
 
-    def close(self) -> None:
-        """Ends idle connections."""
-        for connection in self._idle:
-            connection.close()
+    async def close(self) -> None:
+        """Ends its connections."""
         self._idle.clear()
+        for connection in self._open:
+            connection.close()
+        if self._open:
+            await asyncio.wait([connection.lost for connection in self._open], timeout=1)

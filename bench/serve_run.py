@@ -131,6 +131,15 @@ def run(
 async def _run(
     client: Client, url: str, asking: Asking, arrivals: Sequence[Arrival], objectives: dict[str, float], label: str
 ) -> dict[str, Any]:
+    try:
+        return await _measured(client, url, asking, arrivals, objectives, label)
+    finally:
+        await client.close()
+
+
+async def _measured(
+    client: Client, url: str, asking: Asking, arrivals: Sequence[Arrival], objectives: dict[str, float], label: str
+) -> dict[str, Any]:
     model = asking.model or await _first_model(client, url)
     content_seed = secrets.randbits(32)
     path = PATHS[asking.endpoint]
@@ -145,7 +154,6 @@ async def _run(
         started_s = time.perf_counter()
         answers = await _all(client, path, encoded, arrivals, started_s, asking.max_concurrency, bar)
     gc.unfreeze()
-    client.close()
     figures = summarise(answers, started_s, objectives)
     if figures["failed"] == len(answers):
         raise ConfigError(f"{url}{path}: no request was answered: {'; '.join(figures['errors'])}")
