@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import tomllib
@@ -16,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.handler.web import serving
 from tpserve.cli import main as cli
+from tpserve.cli import node
 from tpserve.handler import front
 from tpserve.handler.front_config import FrontConfig
 
@@ -49,6 +51,13 @@ def container() -> dict[str, Any]:
     return one
 
 
+def pods() -> dict[str, dict[str, Any]]:
+    """Of the LeaderWorkerSet: the leader's and the workers'."""
+    (group,) = (each for each in documents("leaderworkerset.yaml") if each["kind"] == "LeaderWorkerSet")
+    template = group["spec"]["leaderWorkerTemplate"]
+    return {role: template[f"{role}Template"]["spec"] for role in ("leader", "worker")} | {"both": template}
+
+
 def service(name: str) -> dict[str, Any]:
     one: dict[str, Any] = documents(name)[0]["services"]["tpserve"]
     return one
@@ -61,6 +70,7 @@ def commands() -> dict[str, list[str]]:
         "docker-compose.yaml": service("docker-compose.yaml")["command"],
         "docker-compose.gpu.yaml": service("docker-compose.gpu.yaml")["command"],
         "kubernetes.yaml": container()["args"],
+        "leaderworkerset.yaml": pods()["leader"]["containers"][0]["args"],
     }
 
 
@@ -126,6 +136,39 @@ def test_ranks_have_their_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = parsed(commands()["docker-compose.gpu.yaml"], monkeypatch).handler.engine.tensor_parallel_size
     (device,) = service("docker-compose.gpu.yaml")["deploy"]["resources"]["reservations"]["devices"]
     assert device["count"] == ranks
+
+
+def test_machines_find_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    leader, worker = (pods()[role]["containers"][0] for role in ("leader", "worker"))
+    engine = parsed(leader["args"], monkeypatch).handler.engine
+    agents: list[dict[str, Any]] = []
+    monkeypatch.setattr(
+        node, "run", lambda *given: agents.append(dict(zip(inspect.signature(cli.node).parameters, given, strict=True)))
+    )
+    assert (leader["command"], worker["command"]) == (["tpserve", "serve"], ["tpserve", "node"])
+    fire.Fire(cli.node, worker["args"])
+    (agent,) = agents
+    assert engine.num_nodes == pods()["both"]["size"]
+    assert engine.node_address == f"$({leader['env'][0]['name']})"
+    assert agent["head"] == f"$(LWS_LEADER_ADDRESS):{engine.node_port}"
+    assert engine.node_port in [port["containerPort"] for port in leader["ports"]]
+    gpus = [one["resources"]["limits"]["nvidia.com/gpu"] for one in (leader, worker)]
+    assert gpus == [engine.tensor_parallel_size // engine.num_nodes] * 2
+    assert leader["image"] == worker["image"]
+    for one, path in ((leader, engine.node_key_file), (worker, agent["key_file"])):
+        (mount,) = (each["mountPath"] for each in one["volumeMounts"] if each["name"] == "node-key")
+        assert path == f"{mount}/node_key"
+        assert Path(engine.checkpoint_dir).parent == Path(
+            next(each["mountPath"] for each in one["volumeMounts"] if each["name"] == "models")
+        )
+    for probe in ("livenessProbe", "readinessProbe"):
+        assert agent["alive_file"] in " ".join(worker[probe]["exec"]["command"])
+    # The leader needs its workers until its last answer.
+    drain_s = parsed(leader["args"], monkeypatch).drain_timeout_s
+    assert pods()["leader"]["terminationGracePeriodSeconds"] > drain_s + 5 + LAST_S
+    assert pods()["worker"]["terminationGracePeriodSeconds"] > agent["drain_timeout_s"] > drain_s
+    probe = leader["startupProbe"]
+    assert probe["periodSeconds"] * probe["failureThreshold"] > engine.start_timeout_s
 
 
 def test_probes_are_answered_as_they_are_meant() -> None:

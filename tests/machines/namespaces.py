@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 
 ADDRESSES = ("10.213.0.1", "10.213.0.2")
 _INTERFACE = "tps0"
+_CLONE_NEWNET = 0x40000000  # linux/sched.h
 
 
 def missing() -> str | None:
@@ -41,6 +43,28 @@ def two_machines() -> Iterator[list[list[str]]]:
             for link in (_INTERFACE, "lo"):
                 _ip("-n", name, "link", "set", link, "up")
         yield [["ip", "netns", "exec", name] for name in names]
+
+
+@contextlib.contextmanager
+def inside(machine: list[str]) -> Iterator[None]:
+    """What this thread connects meanwhile, it connects on one of the machines."""
+    with open("/proc/thread-self/ns/net", "rb") as here, open(f"/run/netns/{machine[-1]}", "rb") as there:
+        _enter(there.fileno())
+        try:
+            yield
+        finally:
+            _enter(here.fileno())
+
+
+def _enter(namespace: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.setns(namespace, _CLONE_NEWNET):
+        raise OSError(ctypes.get_errno(), "setns")
+
+
+def cable(machine: list[str], state: str) -> None:
+    """Plugs a machine's cable in ("up") or out ("down")."""
+    _ip("-n", machine[-1], "link", "set", _INTERFACE, state)
 
 
 def environment() -> dict[str, str]:
