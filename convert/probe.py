@@ -6,7 +6,7 @@ slices, no paged cache. Shape suffixes as in `tpserve.model.llama`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -64,24 +64,40 @@ def plain_logits(
     """
     by_name = {tensor.name: tensor for tensor in tensors}
 
-    def whole(name: str) -> torch.Tensor:
-        if name not in by_name:
-            raise ConvertError(f"{name} is missing")
-        tensor = by_name[name]
-        return tensor.read(0, 0, tensor.shape[0], dtype).float()
-
-    h_TD = F.embedding(torch.tensor(tokens), whole("tok_embeddings.weight"))
+    h_TD = F.embedding(torch.tensor(tokens), _whole("tok_embeddings.weight", by_name, dtype))
     rope_TC2 = rope_table(args, len(tokens), "cpu")
     for i in range(args.n_layers):
-        with torch.device("meta"):
-            block = TransformerBlock(args, i)
-        _fill(block, f"layers.{i}.", whole)
-        h_TD = block(h_TD, rope_TC2, CausalAttend())
+        h_TD = plain_block(args, i, by_name, dtype)(h_TD, rope_TC2, CausalAttend())
+    return F.linear(plain_norm(args, by_name, dtype)(h_TD), _whole("output.weight", by_name, dtype))
+
+
+def plain_block(args: ModelArgs, layer: int, by_name: Mapping[str, Weight], dtype: torch.dtype) -> TransformerBlock:
+    """One layer in float32 on the CPU, of whole tensors rounded to `dtype` first.
+
+    Raises:
+        ConvertError: see `plain_logits`.
+    """
+    with torch.device("meta"):
+        block = TransformerBlock(args, layer)
+    _fill(block, f"layers.{layer}.", by_name, dtype)
+    return block
+
+
+def plain_norm(args: ModelArgs, by_name: Mapping[str, Weight], dtype: torch.dtype) -> RMSNorm:
+    """What stands before the head; see `plain_block`."""
     with torch.device("meta"):
         norm = RMSNorm(args.dim, args.norm_eps)
-    _fill(norm, "norm.", whole)
-    return F.linear(norm(h_TD), whole("output.weight"))
+    _fill(norm, "norm.", by_name, dtype)
+    return norm
 
 
-def _fill(module: nn.Module, prefix: str, whole: Callable[[str], torch.Tensor]) -> None:
-    module.load_state_dict({name: whole(prefix + name) for name in module.state_dict()}, assign=True)
+def _fill(module: nn.Module, prefix: str, by_name: Mapping[str, Weight], dtype: torch.dtype) -> None:
+    state = {name: _whole(prefix + name, by_name, dtype) for name in module.state_dict()}
+    module.load_state_dict(state, assign=True)
+
+
+def _whole(name: str, by_name: Mapping[str, Weight], dtype: torch.dtype) -> torch.Tensor:
+    if name not in by_name:
+        raise ConvertError(f"{name} is missing")
+    tensor = by_name[name]
+    return tensor.read(0, 0, tensor.shape[0], dtype).float()

@@ -64,6 +64,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         max_restarts: relaunches within restart_window_s before the engine gives up.
         restart_window_s: see max_restarts.
         standby: a second group of ranks waits, imported but without device or memory, and takes over when one dies.
+        self_test: before it is ready, a group computes a probe text, and does not serve if that is not what the
+            checkpoint says (`docs/checkpoints.md`).
         elastic: when devices are missing, or a group does not come back, it goes on at the largest smaller
             tensor_parallel_size that fits.
         num_nodes: machines that the ranks are spread over evenly; above 1, the others run `tpserve node`
@@ -102,6 +104,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_restarts: int = 3
     restart_window_s: float = 300.0
     standby: bool = True
+    self_test: bool = True
     elastic: bool = False
     num_nodes: int = 1
     node_address: str = ""

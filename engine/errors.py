@@ -2,7 +2,8 @@
 
 TpserveError
 ├── ConfigError          the operator's configuration cannot be served
-│   └── MissingDevicesError  with so few devices
+│   ├── MissingDevicesError  with so few devices
+│   └── SelfTestError        the ranks compute something else than the checkpoint says
 ├── RequestError         this request cannot be served; others are untouched
 │   └── OverloadedError  not now: try again after `retry_after_s`
 └── EngineError          the rank group failed
@@ -29,6 +30,10 @@ class MissingDevicesError(ConfigError):
     def __init__(self, message: str, num_devices: int) -> None:
         super().__init__(message)
         self.num_devices = num_devices
+
+
+class SelfTestError(ConfigError):
+    """The ranks compute something else than the checkpoint says."""
 
 
 class RequestError(TpserveError, ValueError):

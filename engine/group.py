@@ -20,6 +20,7 @@ from tpserve.engine.errors import ConfigError, MissingDevicesError
 from tpserve.engine.guided import Grammars
 from tpserve.engine.model_runner import ModelRunner
 from tpserve.engine.sampling_params import SamplingParams
+from tpserve.engine.self_test import Probe, check_steps, check_weights
 from tpserve.engine.sequence import Sequence
 from tpserve.engine.step import ScheduledSequence, StepPlan
 from tpserve.engine.text.load import checkpoint_tokenizer
@@ -89,11 +90,14 @@ def build_core(config: EngineConfig, device: torch.device, tp: TensorParallel) -
 
     Raises:
         CheckpointError, ConfigError: what was asked for cannot be served; the message says what to change.
+        SelfTestError: the ranks compute something else than the checkpoint says.
     """
     queue = device_queue(device)
     if device.type == "cpu":
         torch.set_num_threads(1)  # here; the device's thread has them all
-    loaded, num_blocks, runner = queue.prepare(lambda: _load(config, device, tp, queue))
+    loaded, num_blocks, runner, probe = queue.prepare(lambda: _load(config, device, tp, queue))
+    if probe is not None:
+        check_steps(runner, loaded, config, probe)
     vocab_size = loaded.info.args.vocab_size
     tokenizer = checkpoint_tokenizer(Path(config.checkpoint_dir))
     grammars = None if tokenizer is None else Grammars(tokenizer, vocab_size)
@@ -106,11 +110,12 @@ def build_core(config: EngineConfig, device: torch.device, tp: TensorParallel) -
 
 def _load(
     config: EngineConfig, device: torch.device, tp: TensorParallel, queue: DeviceQueue
-) -> tuple[LoadedModel, int, ModelRunner]:
-    """The weights, the number of KV blocks, and what computes with them; in the device's thread."""
+) -> tuple[LoadedModel, int, ModelRunner, Probe | None]:
+    """The weights, the number of KV blocks, what computes with them, the self-test's text; in the device's thread."""
     if device.type == "cpu":
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // tp.size)))))
     started_s = time.monotonic()
+    source = open_weights(config)
     dtype = None if config.dtype == "auto" and device.type == "cuda" else _dtype(config)
     try:
         loaded = load_model(
@@ -120,7 +125,7 @@ def _load(
             dtype=dtype,
             max_seq_len=config.max_seq_len,
             dummy=config.load_format == "dummy",
-            source=open_weights(config),
+            source=source,
         )
     except CheckpointError:
         raise
@@ -132,6 +137,7 @@ def _load(
         "weights: %.1f MB in %.2f s, %.1f MB here",
         loaded.bytes_read / 1e6, time.monotonic() - started_s, weight_bytes(loaded.model) / 1e6,
     )  # fmt: skip
+    probe = check_weights(loaded, config, source) if config.self_test else None
     num_blocks = _num_blocks(config, loaded)
     needed = -(-config.max_seq_len // config.block_size)
     if num_blocks < needed:
@@ -142,7 +148,7 @@ def _load(
     runner = _runner(config, loaded, _cache(config, loaded, num_blocks), graphs=True, queue=queue)
     runner.warm_up()
     logger.info("ready to compute after %.2f s", time.monotonic() - started_s)
-    return loaded, num_blocks, runner
+    return loaded, num_blocks, runner, probe
 
 
 def _dtype(config: EngineConfig) -> torch.dtype:

@@ -189,6 +189,9 @@ class GroupKeeper:
         changes: dict[str, Any] = {"tensor_parallel_size": self._size.size}
         if self.last_info is not None:  # a group that has lost its GPUs must not go on as one of CPUs
             changes["device"] = self.last_info.device.partition(":")[0]
+            # What a group has passed its successor need not: users are waiting.
+            moved = self._size.size != self.last_info.tensor_parallel_size
+            changes["self_test"] = self._config.self_test and moved
         return msgspec.structs.replace(self._config, **changes)
 
     def _serve(self, group: Group) -> EngineError | ConfigError | None:

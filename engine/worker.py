@@ -108,11 +108,12 @@ def run(build: Callable[[EngineConfig, torch.device, TensorParallel], EngineCore
     except BaseException:
         logger.exception("this rank cannot go on")
     finally:
-        # Not sys.exit: a collective that hangs in another thread must not keep a dead rank alive.
+        # Not sys.exit: a collective that hangs in another thread must not keep a dead rank alive, and torch may abort
+        # as it takes down what other ranks have left.
         logging.shutdown()
-        if status != EXIT_REFUSED:
-            os._exit(status)
-    sys.exit(status)
+        if status == EXIT_REFUSED:
+            zmq.Context.instance().destroy(linger=1000)  # ms: why must arrive
+        os._exit(status)
 
 
 if __name__ == "__main__":
