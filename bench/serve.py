@@ -90,6 +90,8 @@ def main(
         plot: throughput against latency: PATH.png and PATH.svg.
     """
     api_key = api_key or os.environ.get("OPENAI_API_KEY", "")
+    if not start and "://" not in url:
+        raise ConfigError(f"{url!r} is no URL such as http://127.0.0.1:8080")
     asking = Asking(
         endpoint=endpoint, model=model, texts=load_texts(tokenizer) if tokenizer else None, vocab_size=vocab_size,
         fields=_fields(fields), api_key=api_key, max_concurrency=max_concurrency, timeout_s=timeout_s, warmup=warmup,
