@@ -39,6 +39,7 @@ from tpserve.model.checkpoint import CheckpointError
 _POLL_MS = 50
 _CONNECT_S = 3.0
 _AGAIN_S = 0.5  # between two attempts
+_REFUSED_S = 5.0  # likewise, when the head has said that it does not want this agent
 _ALIVE_S = 1.0
 
 logger = logging.getLogger(__name__)
@@ -82,6 +83,7 @@ class NodeAgent:
         self._drain_timeout_s = drain_timeout_s
         self._leave_at_s = math.inf
         self._alive_s = -math.inf
+        self._refused = False
         self._groups: dict[str, RankGroup] = {}
         self._ended: set[str] = set()  # of which the head knows
         self._encoder = msgspec.msgpack.Encoder()
@@ -98,13 +100,13 @@ class NodeAgent:
         while self._leave_at_s == math.inf:
             try:
                 with self._session() as socket:
-                    said = None
+                    said, self._refused = said if self._refused else None, False
                     self._serve(socket)
             except HeadLostError as e:
                 if str(e) != said:
                     logger.warning("%s; asking again until it answers", e)
                 said = str(e)
-            until_s = time.monotonic() + _AGAIN_S
+            until_s = time.monotonic() + (_REFUSED_S if said and self._refused else _AGAIN_S)
             while self._leave_at_s == math.inf and time.monotonic() < until_s:
                 self._show("waiting")
                 time.sleep(_POLL_MS / 1000)
@@ -171,6 +173,7 @@ class NodeAgent:
                     self._groups.pop(group).kill()
                 self._ended.discard(group)
             case Refused(reason):
+                self._refused = True
                 raise HeadLostError(f"the head does not want machine {self._name}: {reason}")
 
     def _launch(self, word: Launch) -> None:

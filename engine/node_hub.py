@@ -29,6 +29,8 @@ from tpserve.engine.node_protocol import (
     versions,
 )
 
+_HERE_S = 1.0  # who was heard so lately is there
+
 logger = logging.getLogger(__name__)
 
 
@@ -170,14 +172,21 @@ class NodeHub:
 
     def _welcome(self, hello: Hello, routing_id: bytes) -> None:
         node = Node(hello.name, routing_id)
+        reason = None
         if hello.versions != versions():
             reason = f"it has {hello.versions}, the head {versions()}"
+        for other in self.nodes:
+            if other.name != hello.name:
+                continue
+            self._send(other, Ping())  # notices that its connection is closed
+            if other.lost is None and time.monotonic() - other.heard_s < _HERE_S:
+                reason = "another one has its name (--name)"
+            elif other.lost is None:  # half of a connection is left: it came back
+                self._lose(other, "it came back")
+        if reason is not None:
             logger.error("machine %s is not wanted: %s", hello.name, reason)
             self._send(node, Refused(reason))
             return
-        for other in self.nodes:
-            if other.name == hello.name:  # half of a connection is left of its last one
-                self._lose(other, "it came back")
         logger.info("machine %s is here", hello.name)
         with self._lock:
             self._nodes[routing_id] = node

@@ -222,6 +222,17 @@ def test_another_program_is_refused(config: EngineConfig, hub: NodeHub, monkeypa
         assert hub.nodes == []
 
 
+def test_two_machines_cannot_have_one_name(config: EngineConfig, hub: NodeHub) -> None:
+    with agent(config):
+        until(lambda: hub.nodes)
+        (first,) = hub.nodes
+        with agent(config):
+            time.sleep(0.5)
+            assert hub.nodes == [first]
+        with agent(config, name="c"):
+            until(lambda: [node.name for node in hub.nodes] == ["b", "c"])
+
+
 def test_another_checkpoint_is_refused(config: EngineConfig, hub: NodeHub, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(config.checkpoint_dir, copy)

@@ -45,10 +45,13 @@ class Machines:
     def __init__(self, folder: Path, machines: list[list[str]], *options: str) -> None:
         self.machines, self.folder = machines, folder
         self.log = (folder / "log").open("ab")
-        command = ["serve", "--checkpoint", str(folder / "out"), "--port", str(PORT), "--device", "cpu"]
-        command += ["--tp", "2", "--num_nodes", "2", "--node_address", ADDRESSES[0], "--max_seq_len", "256", *options]
-        self.head = self._start(machines[0], *command)
-        self.agent = self.start_agent()
+        self.options = ["--checkpoint", str(folder / "out"), "--port", str(PORT), "--device", "cpu", *options]
+        self.options += ["--tp", "2", "--num_nodes", "2", "--node_address", ADDRESSES[0], "--max_seq_len", "256"]
+        self.head, self.agent = self.start_head(), self.start_agent()
+
+    def start_head(self) -> subprocess.Popen[bytes]:
+        self.head = self._start(self.machines[0], "serve", *self.options)
+        return self.head
 
     def start_agent(self) -> subprocess.Popen[bytes]:
         self.agent = self._start(self.machines[1], "node", "--head", f"{ADDRESSES[0]}:29400", "--name", "second")
@@ -199,10 +202,6 @@ def test_a_head_that_dies_and_comes_back(folder: Path, alone: list[int]) -> None
         machines.head.kill()
         machines.head.wait()
         until(lambda: not [rank for rank in ranks if is_running(rank)], 5)
-        again = Machines(folder, machines.machines, "--standby", "False")
-        again.agent.kill()
-        again.agent.wait()
-        again.agent = machines.agent
-        machines.head = again.head
+        machines.start_head()
         machines.wait_until_ready()
         assert machines.ids() == alone
