@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 
 from tpserve.model.kernels import rows
+from tpserve.model.kernels.mixed import matmul
+from tpserve.model.matrix import Matrix
 from tpserve.model.parallel import TensorParallel, all_gather, reduce_scatter
 
 
@@ -47,14 +49,14 @@ class DealtResidual:
         self._normed_TD: torch.Tensor | None = None
         self._kept: tuple[torch.Tensor, ...] = ()
 
-    def start_adding(self, x_TN: torch.Tensor, w_DN: torch.Tensor, gain_D: torch.Tensor) -> None:
+    def start_adding(self, x_TN: torch.Tensor, w_DN: Matrix, gain_D: torch.Tensor) -> None:
         """residual += the sum over ranks of x · wᵀ; `normed` then has the norm by this gain, for all tokens."""
-        y_TD = x_TN.new_empty(self._padded, len(w_DN))
-        torch.mm(x_TN, w_DN.t(), out=y_TD[: self._tokens])
+        y_TD = x_TN.new_empty(self._padded, w_DN.shape[0])
+        matmul(x_TN, w_DN, y_TD[: self._tokens])
         normed_TD = torch.empty_like(y_TD)
         self._stream.wait_stream(torch.cuda.current_stream(y_TD.device))
         with torch.cuda.stream(self._stream):
-            own_TD, x_TD = (y_TD.new_empty(self._share, len(w_DN)) for _ in range(2))
+            own_TD, x_TD = (y_TD.new_empty(self._share, y_TD.shape[1]) for _ in range(2))
             reduce_scatter(own_TD, y_TD, group=self._group)
             n = len(self._own_TD)
             rows.add_norm(own_TD[:n], self._own_TD, gain_D, self._eps, x_TD[:n])

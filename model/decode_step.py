@@ -14,15 +14,16 @@ import dataclasses
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from tpserve.model.kernels import linear, norm, pointwise
 from tpserve.model.kernels.all_reduce import WordExchange
+from tpserve.model.kernels.mixed import matmul
 from tpserve.model.kernels.paged_attention import choose_splits, decode_scratch, paged_decode_attention
 from tpserve.model.kernels.rope import rope_and_write
 from tpserve.model.kernels.tiles import Tile, choose_tiles
 from tpserve.model.kv_cache import PagedKVCache
 from tpserve.model.llama import Llama, TransformerBlock
+from tpserve.model.matrix import Matrix, join
 from tpserve.model.parallel import TensorParallel
 from tpserve.model.plan import chunk_bounds
 from tpserve.model.symmetric_sum import SymmetricSum
@@ -37,33 +38,26 @@ class FusedLayer:
     """A block's weights; matrices that read the same input lie one below the other."""
 
     attention_norm_D: torch.Tensor
-    wqkv_ND: torch.Tensor
-    wo_DN: torch.Tensor
+    wqkv_ND: Matrix
+    wo_DN: Matrix
     ffn_norm_D: torch.Tensor
-    w13_ND: torch.Tensor
-    w2_DF: torch.Tensor
+    w13_ND: Matrix
+    w2_DF: Matrix
 
 
 def fuse(block: TransformerBlock) -> FusedLayer:
     """Joins a block's matrices; its modules keep views, so the pieces need no memory any more."""
     attention, ffn = block.attention, block.feed_forward
-
-    def join(*linears: nn.Linear) -> torch.Tensor:
-        joined = torch.cat([each.weight.detach() for each in linears])
-        for each, view in zip(linears, torch.split(joined, [len(each.weight) for each in linears]), strict=True):
-            each.weight = nn.Parameter(view, requires_grad=False)
-        return joined
-
     layer = FusedLayer(
         attention_norm_D=block.attention_norm.weight.detach(),
         wqkv_ND=join(attention.wq, attention.wk, attention.wv),
-        wo_DN=attention.wo.weight.detach(),
+        wo_DN=join(attention.wo),
         ffn_norm_D=block.ffn_norm.weight.detach(),
         w13_ND=join(ffn.w1, ffn.w3),
-        w2_DF=ffn.w2.weight.detach(),
+        w2_DF=join(ffn.w2),
     )
     # torch would keep the pieces' memory in sizes that the next joined matrix does not fit.
-    if layer.wo_DN.is_cuda:
+    if layer.wo_DN.q.is_cuda:
         torch.cuda.empty_cache()
     return layer
 
@@ -98,7 +92,7 @@ class DecodeStep:
         self._cache, self._tp, self._tokens_RL, self._tables_RB = cache, tp, tokens_RL, tables_RB
         self.layers = [fuse(block) for block in model.layers]  # type: ignore[arg-type]
         self._embeddings_VD, self._norm_D = model.tok_embeddings.weight.detach(), model.norm.weight.detach()
-        self._head_VD, self._rope_PC2 = model.output.weight.detach(), model.rope_PC2
+        self._head_VD, self._rope_PC2 = Matrix(model.output.weight.detach()), model.rope_PC2
         first, e = self.layers[0], args.head_dim
         h, kv_heads, f = first.wo_DN.shape[1] // e, cache.k[0].shape[1], first.w2_DF.shape[1]
         largest = batch_sizes[-1]
@@ -115,7 +109,7 @@ class DecodeStep:
         residual_SD = zeros(rows, args.dim, dtype=torch.float32)
         self._normed = norm.Normed(residual_SD, zeros(rows, args.dim), sums, args.norm_eps)
         self._q_SHE, self._attended_SHE, self._act_SF = zeros(rows, h, e), zeros(rows, h, e), zeros(rows, f)
-        self._wide = zeros(rows * max(len(first.wqkv_ND), 2 * f, len(self._head_VD)))
+        self._wide = zeros(rows * max(first.wqkv_ND.shape[0], 2 * f, self._head_VD.shape[0]))
         self._symmetric = symmetric if symmetric is not None and symmetric.fits(rows) else None
         self._partial_SD = zeros(rows, args.dim) if self._symmetric is None else self._symmetric.buffer(rows)
         words = 8 * args.dim * max(1, tp.size - 1)
@@ -123,14 +117,16 @@ class DecodeStep:
         self._share = chunk_bounds(args.vocab_size, tp.size)[0][1]
         self.logits_SV = zeros(rows, args.vocab_size, dtype=torch.float32)
         if tp.size > 1:
-            self._own_logits_SV = zeros(rows, len(self._head_VD), dtype=torch.float32)
+            self._own_logits_SV = zeros(rows, self._head_VD.shape[0], dtype=torch.float32)
         processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
         self._splits = {s: choose_splits(s, kv_heads, tokens_RL.shape[1], processors) for s in batch_sizes}
         items = max(s * splits for s, splits in self._splits.items())
         self._scratch = decode_scratch(largest, h, e, -(-items // largest), device)
         weights = (first.wqkv_ND, first.wo_DN, first.w13_ND, first.w2_DF)
         layer_bytes = sum(weight.nbytes for weight in weights)
-        self.tiles = {s: choose_tiles(s, args.dim, e, layer_bytes) for s in batch_sizes if s <= linear.MAX_ROWS}
+        self.tiles = {
+            s: choose_tiles(s, args.dim, e, layer_bytes, first.w13_ND) for s in batch_sizes if s <= linear.MAX_ROWS
+        }
         self._per_step = 2 * len(self.layers) + 1
         self._exchange = self._make_exchange() if tp.size > 1 else None
         self._pdl = device.type == "cuda"
@@ -187,10 +183,10 @@ class DecodeStep:
             parts = self._add(self._act_SF, layer.w2_DF, gains[i + 1], s, 2 * i + 1, tile)
         self._logits(parts, s)
 
-    def _multiply(self, w_ND: torch.Tensor, s: int) -> torch.Tensor:
+    def _multiply(self, w_ND: Matrix, s: int) -> torch.Tensor:
         """The normed rows times a joined matrix, [s, N]."""
-        out = self._wide[: s * len(w_ND)].view(s, len(w_ND))
-        return torch.mm(self._normed.x_SD[:s], w_ND.t(), out=out)
+        n = w_ND.shape[0]
+        return matmul(self._normed.x_SD[:s], w_ND, self._wide[: s * n].view(s, n))
 
     def _qkv(self, i: int, parts: int, s: int) -> None:
         layer, k, v = self.layers[i], self._cache.k[i], self._cache.v[i]
@@ -206,9 +202,7 @@ class DecodeStep:
                 pdl=self._pdl,
             )  # fmt: skip
 
-    def _add(
-        self, x: torch.Tensor, w: torch.Tensor, gain_D: torch.Tensor, s: int, index: int, tile: Tile | None
-    ) -> int:
+    def _add(self, x: torch.Tensor, w: Matrix, gain_D: torch.Tensor, s: int, index: int, tile: Tile | None) -> int:
         """residual += x @ wᵀ summed over the ranks; returns the parts of the new sums of squares."""
         if self._tp.size == 1 and tile is not None:
             return linear.add_product(x, w, self._normed, gain_D, s, tile, pdl=self._pdl)
@@ -216,7 +210,7 @@ class DecodeStep:
         if words is not None and tile is not None:
             linear.push_product(x, w, words, s, index, tile, pdl=self._pdl)
             return words.add(self._normed, gain_D, s, index, tile.split, pdl=self._pdl)
-        partial = torch.mm(x[:s], w.t(), out=self._partial_SD[:s])
+        partial = matmul(x[:s], w, self._partial_SD[:s])
         if words is not None:
             words.push_matrix(partial, index)
             return words.add(self._normed, gain_D, s, index, 1, pdl=False)

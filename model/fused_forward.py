@@ -21,6 +21,7 @@ import torch
 from tpserve.model.dealt_residual import DealtResidual, residual_of
 from tpserve.model.decode_step import FusedLayer
 from tpserve.model.kernels import pointwise, rows
+from tpserve.model.kernels.mixed import matmul
 from tpserve.model.kernels.paged_attention import (
     DecodeScratch,
     choose_splits,
@@ -32,6 +33,7 @@ from tpserve.model.kernels.prefill_attention import paged_prefill_attention, pre
 from tpserve.model.kernels.rope import rope_and_write
 from tpserve.model.kv_cache import PagedKVCache
 from tpserve.model.llama import Llama
+from tpserve.model.matrix import Matrix
 from tpserve.model.parallel import TensorParallel, background_group
 from tpserve.model.symmetric_sum import SymmetricSum
 
@@ -80,7 +82,7 @@ class _Part:
 
 # What a part asks for: x and w, whose product's sum over the ranks goes into the residual stream, and the gain of the
 # norm that it goes on with.
-_Wish = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+_Wish = tuple[torch.Tensor, Matrix, torch.Tensor]
 _Layers = Generator[_Wish, torch.Tensor, None]
 
 
@@ -141,8 +143,9 @@ class FusedForward:
         model, size, t = self._model, self._cache.block_size, len(tokens_T)
         slots_T = self._tables_RB[rows_T, positions_T // size] * size + positions_T % size
         slots_T = torch.where(positions_T < 0, -1, slots_T)
-        residual_TD = model.tok_embeddings(tokens_T).float()
-        out_THE = self._layers[0].wo_DN.new_empty(t, self._heads, self._head_dim)
+        residual_TD, eps = model.tok_embeddings(tokens_T).float(), model.args.norm_eps
+        x_TD = rows.add_norm(None, residual_TD, self._layers[0].attention_norm_D, eps)
+        out_THE = x_TD.new_empty(t, self._heads, self._head_dim)
 
         def part(lo: int, hi: int, cut: Chunks | None) -> _Part:
             tiles = None if cut is None else prefill_tiles(
@@ -153,8 +156,7 @@ class FusedForward:
                 rows_T[lo:hi], positions_T[lo:hi], slots_T[lo:hi], num_decodes if lo == 0 else 0, tiles, out_THE[lo:hi]
             )
 
-        middle, eps, last = t // 256 * 128, model.args.norm_eps, self._layers[-1]
-        x_TD = rows.add_norm(None, residual_TD, self._layers[0].attention_norm_D, eps)
+        middle, last = t // 256 * 128, self._layers[-1]
         large = self._tp.size > 1 and t >= MIN_TOKENS_IN_TURNS and num_decodes <= middle
         if large and chunks is not None and rows_N is not None:
             halves = [(0, middle), (middle, t)]
@@ -181,7 +183,13 @@ class FusedForward:
         for i, (layer, k_cache, v_cache) in enumerate(zip(self._layers, self._cache.k, self._cache.v, strict=True)):
             q_THE = torch.empty_like(part.out_THE)
             rope_and_write(
-                x_TD @ layer.wqkv_ND.t(), q_THE, k_cache, v_cache, self._model.rope_PC2, part.positions_T, part.slots_T
+                matmul(x_TD, layer.wqkv_ND),
+                q_THE,
+                k_cache,
+                v_cache,
+                self._model.rope_PC2,
+                part.positions_T,
+                part.slots_T,
             )
             if scratch is not None:
                 paged_decode_attention(
@@ -203,15 +211,13 @@ class FusedForward:
             x_TN, w_DN, gain_D = wish
             wish = _send(layers, self._add(x_TN, w_DN, residual_TD, gain_D))
 
-    def _add(
-        self, x_TN: torch.Tensor, w_DN: torch.Tensor, residual_TD: torch.Tensor, gain_D: torch.Tensor
-    ) -> torch.Tensor:
+    def _add(self, x_TN: torch.Tensor, w_DN: Matrix, residual_TD: torch.Tensor, gain_D: torch.Tensor) -> torch.Tensor:
         """residual += the sum over ranks of x · wᵀ; returns its norm."""
         if self._symmetric is not None and self._symmetric.fits(len(x_TN)):
-            y_TD = torch.mm(x_TN, w_DN.t(), out=self._symmetric.buffer(len(x_TN)))
+            y_TD = matmul(x_TN, w_DN, self._symmetric.buffer(len(x_TN)))
             self._symmetric.sum(y_TD)
         else:
-            y_TD = x_TN @ w_DN.t()
+            y_TD = matmul(x_TN, w_DN)
             if self._tp.size > 1:
                 self._tp.all_reduce(y_TD)
         return rows.add_norm(y_TD, residual_TD, gain_D, self._model.args.norm_eps)
@@ -238,7 +244,7 @@ class FusedForward:
 
 def _feed_forward(x_TD: torch.Tensor, layer: FusedLayer) -> torch.Tensor:
     """SiLU(gate) · up, [T, F]."""
-    wide_TN = x_TD @ layer.w13_ND.t()
+    wide_TN = matmul(x_TD, layer.w13_ND)
     act_TF = wide_TN.new_empty(len(wide_TN), wide_TN.shape[1] // 2)
     pointwise.silu_mul(wide_TN, act_TF)
     return act_TF

@@ -229,10 +229,10 @@ def choose_network(
     graphs: bool,
 ) -> Network:
     """The fastest network that is wanted and that this machine, type and shape have."""
-    if is_quantized(model) or cache.k[0].dtype != model.output.weight.dtype:
-        return PlainNetwork(model, cache, tokens_RL, tables_RB)
     if fused and importlib.util.find_spec("triton") and FusedDecoder.supports(model, tokens_RL.device):
         return FusedNetwork(model, cache, tokens_RL, tables_RB, tp, max_num_seqs=max_num_seqs, graphs=graphs)
+    if is_quantized(model) or cache.k[0].dtype != model.output.weight.dtype:
+        return PlainNetwork(model, cache, tokens_RL, tables_RB)
     large = sum(weight.nbytes for weight in model.parameters()) >= WORTH_COMPILING_BYTES
     if fused and graphs and large and tp.size == 1 and CompiledDecoder.supports(model, cache, tables_RB.shape[1]):
         return CompiledNetwork(model, cache, tokens_RL, tables_RB)

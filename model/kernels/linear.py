@@ -20,15 +20,17 @@ import triton.language as tl
 from tpserve.model.kernels.all_reduce import WordExchange, push
 from tpserve.model.kernels.norm import Normed, inverse_rms, load_sums
 from tpserve.model.kernels.product import begin, pairs, product
+from tpserve.model.kernels.rope import as_kept
 from tpserve.model.kernels.tiles import Tile
+from tpserve.model.matrix import Matrix
 
 
 @triton.jit(do_not_specialize=["s"])
 def _qkv_kernel(
-    x_ptr, sums_ptr, w_ptr, q_ptr, k_ptr, v_ptr, rope_ptr, positions_ptr, slots_ptr, s,
+    x_ptr, sums_ptr, w_ptr, scale_ptr, q_ptr, k_ptr, v_ptr, rope_ptr, positions_ptr, slots_ptr, s,
     K: tl.constexpr, H: tl.constexpr, KV: tl.constexpr, E: tl.constexpr, P: tl.constexpr, EPS: tl.constexpr,
     MP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-    PREFETCH: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, PREFETCH: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     cols = pid * BN + tl.arange(0, BN)
@@ -41,10 +43,10 @@ def _qkv_kernel(
     angle = rope_ptr + position[None, :] * E + pair[:, None]
     cos = tl.load(angle, mask=rotates, other=1.0)
     sin = tl.load(angle + 1, mask=rotates, other=0.0)
-    ahead = begin(w_ptr, cols, 0, K, K, MP, BK, STAGES, PREFETCH, EARLY, PDL)
+    ahead = begin(w_ptr, cols, 0, K, K, MP, BK, STAGES, GROUP, PREFETCH, EARLY, PDL)
     slot = tl.load(slots_ptr + mm, mask=mm < s, other=-1)
     sums = load_sums(sums_ptr, P, MP)
-    y = product(ahead, x_ptr, w_ptr, cols, 0, K, K, MP, BN, BK, STAGES)
+    y = product(ahead, x_ptr, w_ptr, scale_ptr, cols, MP - 1, 0, K, K, MP, BN, BK, STAGES, GROUP, ROWS)
     y = y * inverse_rms(sums, K, EPS)[None, :]
     even, odd = pairs(y, BN, MP)
     rotated = tl.join(even * cos - odd * sin, even * sin + odd * cos)
@@ -52,25 +54,27 @@ def _qkv_kernel(
     if head < H:
         tl.store(q_ptr + mm[None, :] * (H * E) + cols[:, None], y, mask=mm[None, :] < s)
     elif head < H + KV:
-        tl.store(k_ptr + slot[None, :] * (KV * E) + (cols - H * E)[:, None], y, mask=slot[None, :] >= 0)
+        where = k_ptr + slot[None, :] * (KV * E) + (cols - H * E)[:, None]
+        tl.store(where, as_kept(y, k_ptr.dtype.element_ty), mask=slot[None, :] >= 0)
     else:
-        tl.store(v_ptr + slot[None, :] * (KV * E) + (cols - (H + KV) * E)[:, None], y, mask=slot[None, :] >= 0)
+        where = v_ptr + slot[None, :] * (KV * E) + (cols - (H + KV) * E)[:, None]
+        tl.store(where, as_kept(y, v_ptr.dtype.element_ty), mask=slot[None, :] >= 0)
 
 
 @triton.jit(do_not_specialize=["s"])
 def _gate_up_kernel(
-    x_ptr, sums_ptr, w_ptr, y_ptr, s,
+    x_ptr, sums_ptr, w_ptr, scale_ptr, y_ptr, s,
     K: tl.constexpr, F: tl.constexpr, P: tl.constexpr, EPS: tl.constexpr,
     MP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-    PREFETCH: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, PREFETCH: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     # Even rows of the tile are the gate's, odd ones the up projection's, F further down.
     j = tl.arange(0, BN)
     col = tl.program_id(0) * (BN // 2) + j // 2
     rows = tl.minimum(col, F - 1) + F * (j % 2)
-    ahead = begin(w_ptr, rows, 0, K, K, MP, BK, STAGES, PREFETCH, EARLY, PDL)
+    ahead = begin(w_ptr, rows, 0, K, K, MP, BK, STAGES, GROUP, PREFETCH, EARLY, PDL)
     sums = load_sums(sums_ptr, P, MP)
-    y = product(ahead, x_ptr, w_ptr, rows, 0, K, K, MP, BN, BK, STAGES)
+    y = product(ahead, x_ptr, w_ptr, scale_ptr, rows, MP - 1, 0, K, K, MP, BN, BK, STAGES, GROUP, ROWS)
     gate, up = pairs(y * inverse_rms(sums, K, EPS)[None, :], BN, MP)
     y = gate / (1.0 + tl.exp(-gate)) * up
     cols = tl.program_id(0) * (BN // 2) + tl.arange(0, BN // 2)
@@ -81,20 +85,20 @@ def _gate_up_kernel(
 
 @triton.jit(do_not_specialize=["s"])
 def _residual_kernel(
-    x_ptr, w_ptr, residual_ptr, gain_ptr, y_ptr, sums_ptr, s,
+    x_ptr, w_ptr, scale_ptr, residual_ptr, gain_ptr, y_ptr, sums_ptr, s,
     K: tl.constexpr, N: tl.constexpr,
     MP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-    PREFETCH: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, PREFETCH: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     cols = pid * BN + tl.arange(0, BN)
     gain = tl.load(gain_ptr + cols).to(tl.float32)
-    ahead = begin(w_ptr, cols, 0, K, K, MP, BK, STAGES, PREFETCH, EARLY, PDL)
+    ahead = begin(w_ptr, cols, 0, K, K, MP, BK, STAGES, GROUP, PREFETCH, EARLY, PDL)
     mm = tl.arange(0, MP)
     where = mm[None, :] * N + cols[:, None]
     stored = mm[None, :] < s
     residual = tl.load(residual_ptr + where, mask=stored, other=0.0)
-    residual += product(ahead, x_ptr, w_ptr, cols, 0, K, K, MP, BN, BK, STAGES)
+    residual += product(ahead, x_ptr, w_ptr, scale_ptr, cols, MP - 1, 0, K, K, MP, BN, BK, STAGES, GROUP, ROWS)
     tl.store(residual_ptr + where, residual, mask=stored)
     tl.store(y_ptr + where, (residual * gain[:, None]).to(y_ptr.dtype.element_ty), mask=stored)
     tl.store(sums_ptr + mm * (N // BN) + pid, tl.sum(residual * residual, 0), mask=mm < s)
@@ -102,17 +106,17 @@ def _residual_kernel(
 
 @triton.jit(do_not_specialize=["offset", "index", "per_step", "s"])
 def _push_kernel(
-    x_ptr, w_ptr, peers_ptr, step_ptr, offset, index, per_step, s,
+    x_ptr, w_ptr, scale_ptr, peers_ptr, step_ptr, offset, index, per_step, s,
     K: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, SPLIT: tl.constexpr,
     MP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-    PREFETCH: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, PREFETCH: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(1)
     cols = tl.program_id(0) * BN + tl.arange(0, BN)
     DEPTH: tl.constexpr = K // SPLIT
-    ahead = begin(w_ptr, cols, part * DEPTH, K, DEPTH, MP, BK, STAGES, PREFETCH, EARLY, PDL)
+    ahead = begin(w_ptr, cols, part * DEPTH, K, DEPTH, MP, BK, STAGES, GROUP, PREFETCH, EARLY, PDL)
     epoch = tl.load(step_ptr) * per_step + index
-    y = product(ahead, x_ptr, w_ptr, cols, part * DEPTH, K, DEPTH, MP, BN, BK, STAGES)
+    y = product(ahead, x_ptr, w_ptr, scale_ptr, cols, MP - 1, part * DEPTH, K, DEPTH, MP, BN, BK, STAGES, GROUP, ROWS)
     mm = tl.arange(0, MP)
     where = offset + ((RANK * SPLIT + part) * s + mm[None, :]) * N + cols[:, None]
     push(peers_ptr, where, y, epoch, (mm[None, :] < s) & (cols[:, None] < N), RANK, RANKS)
@@ -120,17 +124,17 @@ def _push_kernel(
 
 @triton.jit(do_not_specialize=["offset", "index", "per_step", "s"])
 def _logits_kernel(
-    x_ptr, sums_ptr, w_ptr, y_ptr, peers_ptr, step_ptr, offset, index, per_step, s,
+    x_ptr, sums_ptr, w_ptr, scale_ptr, y_ptr, peers_ptr, step_ptr, offset, index, per_step, s,
     K: tl.constexpr, N: tl.constexpr, STRIDE: tl.constexpr, FIRST: tl.constexpr, RANK: tl.constexpr,
     RANKS: tl.constexpr, P: tl.constexpr, EPS: tl.constexpr,
     MP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-    PREFETCH: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, PREFETCH: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     cols = tl.program_id(0) * BN + tl.arange(0, BN)
     rows = tl.minimum(cols, N - 1)
-    ahead = begin(w_ptr, rows, 0, K, K, MP, BK, STAGES, PREFETCH, EARLY, PDL)
+    ahead = begin(w_ptr, rows, 0, K, K, MP, BK, STAGES, GROUP, PREFETCH, EARLY, PDL)
     sums = load_sums(sums_ptr, P, MP)
-    y = product(ahead, x_ptr, w_ptr, rows, 0, K, K, MP, BN, BK, STAGES)
+    y = product(ahead, x_ptr, w_ptr, scale_ptr, rows, MP - 1, 0, K, K, MP, BN, BK, STAGES, GROUP, ROWS)
     y = y * inverse_rms(sums, K, EPS)[None, :]
     mm = tl.arange(0, MP)
     where = mm[None, :] * STRIDE + FIRST + cols[:, None]
@@ -149,12 +153,18 @@ def padded_rows(s: int) -> int:
     return 1 if s == 1 else max(8, triton.next_power_of_2(s))
 
 
-def _launch(kernel: Any, tile: Tile, programs: int, s: int, pdl: bool, *args: Any, **constants: Any) -> None:
-    row_bytes = 2 * constants["K"] // tile.split
-    prefetch = min(tile.prefetch, 1 << (row_bytes.bit_length() - 1))  # nothing beyond a row's end
+def _launch(
+    kernel: Any, tile: Tile, programs: int, s: int, pdl: bool, x: torch.Tensor | Normed, w: Matrix,
+    *args: Any, **constants: Any,
+) -> None:  # fmt: skip
+    mp = padded_rows(s)
+    prefetch = min(tile.prefetch, 1 << ((w.row_bytes // tile.split).bit_length() - 1))  # nothing beyond a row's end
+    q = w.q.view(torch.int32) if w.group > 0 and mp == 1 else w.q
+    inputs = (x.x_SD, x.sums) if isinstance(x, Normed) else (x,)
     kernel[(programs, tile.split)](
-        *args, s, **constants,
-        MP=padded_rows(s), BN=tile.rows, BK=tile.depth, STAGES=tile.stages, PREFETCH=prefetch if prefetch >= 128 else 0,
+        *inputs, q, q if w.scale is None else w.scale, *args, s, **constants,
+        MP=mp, BN=tile.rows, BK=tile.depth, STAGES=tile.stages, GROUP=w.group, ROWS=w.shape[0],
+        PREFETCH=prefetch if prefetch >= 128 else 0,
         EARLY=tile.early, PDL=pdl, num_warps=tile.warps, launch_pdl=pdl,
     )  # fmt: skip
 
@@ -162,7 +172,7 @@ def _launch(kernel: Any, tile: Tile, programs: int, s: int, pdl: bool, *args: An
 def qkv(
     normed: Normed,
     parts: int,
-    w_ND: torch.Tensor,
+    w_ND: Matrix,
     q_SHE: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
@@ -185,25 +195,23 @@ def qkv(
     (n, d), (_, h, e) = w_ND.shape, q_SHE.shape
     _launch(
         _qkv_kernel, tile, n // tile.rows, s, pdl,
-        normed.x_SD, normed.sums, w_ND, q_SHE, k_cache, v_cache, rope_PC2, positions_S, slots_S,
+        normed, w_ND, q_SHE, k_cache, v_cache, rope_PC2, positions_S, slots_S,
         K=d, H=h, KV=k_cache.shape[1], E=e, P=parts, EPS=normed.eps,
     )  # fmt: skip
 
 
-def gate_up(
-    normed: Normed, parts: int, w_ND: torch.Tensor, y_SF: torch.Tensor, s: int, tile: Tile, *, pdl: bool
-) -> None:
+def gate_up(normed: Normed, parts: int, w_ND: Matrix, y_SF: torch.Tensor, s: int, tile: Tile, *, pdl: bool) -> None:
     """SiLU(x @ w1ᵀ) · (x @ w3ᵀ); `w_ND` is w1 above w3."""
     n, d = w_ND.shape
     _launch(
         _gate_up_kernel, tile, triton.cdiv(n, tile.rows), s, pdl,
-        normed.x_SD, normed.sums, w_ND, y_SF,
+        normed, w_ND, y_SF,
         K=d, F=n // 2, P=parts, EPS=normed.eps,
     )  # fmt: skip
 
 
 def add_product(
-    x_SK: torch.Tensor, w_DK: torch.Tensor, into: Normed, gain_D: torch.Tensor, s: int, tile: Tile, *, pdl: bool
+    x_SK: torch.Tensor, w_DK: Matrix, into: Normed, gain_D: torch.Tensor, s: int, tile: Tile, *, pdl: bool
 ) -> int:
     """residual += x @ wᵀ; returns the parts of the new sums of squares. The tile's rows divide D."""
     d, k = w_DK.shape
@@ -216,7 +224,7 @@ def add_product(
 
 
 def push_product(
-    x_SK: torch.Tensor, w_DK: torch.Tensor, exchange: WordExchange, s: int, index: int, tile: Tile, *, pdl: bool
+    x_SK: torch.Tensor, w_DK: Matrix, exchange: WordExchange, s: int, index: int, tile: Tile, *, pdl: bool
 ) -> None:
     """x @ wᵀ as `tile.split` terms of sum number `index` of the step; `WordExchange.add` makes the sum."""
     d, k = w_DK.shape
@@ -230,7 +238,7 @@ def push_product(
 def logits(
     normed: Normed,
     parts: int,
-    w_VD: torch.Tensor,
+    w_VD: Matrix,
     y_SV: torch.Tensor,
     s: int,
     tile: Tile,
@@ -248,7 +256,7 @@ def logits(
     )  # fmt: skip
     _launch(
         _logits_kernel, tile, triton.cdiv(n, tile.rows), s, pdl,
-        normed.x_SD, normed.sums, w_VD, y_SV, *words,
+        normed, w_VD, y_SV, *words,
         K=d, N=n, STRIDE=stride, FIRST=first, P=parts, EPS=normed.eps,
         RANK=0 if exchange is None else exchange.tp.rank, RANKS=1 if exchange is None else exchange.tp.size,
     )  # fmt: skip

@@ -17,6 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
+from tpserve.model.kernels.paged_attention import beside_float8
+
 
 @triton.jit(do_not_specialize=["rows_ptr", "starts_ptr", "contexts_ptr", "num_seqs"])
 def _tiles_kernel(
@@ -58,6 +60,7 @@ def _prefill_kernel(
     in_head = (head * G + m % G) * E
     mask = (query < queries)[:, None] & (e[None, :] < E)
     q = tl.load(q_ptr + ((first + query) * q_stride + in_head)[:, None] + e[None, :], mask=mask, other=0.0)
+    q = beside_float8(q, k_ptr.dtype.element_ty)
     last_m = context + tl.minimum(query, queries - 1)  # the last key that a row sees
     end = context + tl.minimum((tile * BM + BM - 1) // G + 1, queries)
     seen_by_all = context + tile * BM // G + 1
@@ -75,6 +78,7 @@ def _prefill_kernel(
         there = (pos < end)[:, None] if EP == E else (pos < end)[:, None] & (e[None, :] < E)
         k = tl.load(k_ptr + at_cache, mask=there, other=0.0)
         v = tl.load(v_ptr + at_cache, mask=there, other=0.0)
+        k, v = k.to(q.dtype), v.to(q.dtype)  # of float8
         score = tl.dot(q, k.T, input_precision=PRECISION)
         if at + BN > seen_by_all:  # one loop: a second one for the masked tiles would fill its pipeline anew
             score = tl.where(pos[None, :] <= last_m[:, None], score, float("-inf"))

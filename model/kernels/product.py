@@ -1,7 +1,7 @@
 """The inner part of the products of a decode step: one program owns BN rows of a weight and streams them.
 
 With one sequence it multiplies and adds in float32 and reduces once at the end; with up to 8 the weight is the left
-operand of the tensor cores.
+operand of the tensor cores. Weights of fewer bits are widened in registers.
 
 Programmatic dependent launch overlaps a kernel's start with its predecessor's end. The rule that keeps it right: before
 `gdc_wait` a kernel reads only weights and the step's input; it waits before reading anything that a step writes. A
@@ -27,18 +27,20 @@ def _load_weights(w_ptr, rows, k0, at, K: tl.constexpr, DEPTH: tl.constexpr, BK:
 @triton.jit
 def begin(
     w_ptr, rows, k0, K: tl.constexpr, DEPTH: tl.constexpr,
-    MP: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    MP: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, GROUP: tl.constexpr,
     PREFETCH: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """What need not wait for the predecessor, and the wait. Returns `product`'s first tile, where it takes one."""
+    PACK: tl.constexpr = _pack(GROUP, MP)
     if PREFETCH > 0:
         lines = tl.arange(0, PREFETCH // 128) * 128
-        address = w_ptr.to(tl.int64) + (rows.to(tl.int64) * K + k0)[:, None] * 2 + lines[None, :]
+        SIZE: tl.constexpr = w_ptr.dtype.element_ty.primitive_bitwidth // 8
+        address = w_ptr.to(tl.int64) + (rows.to(tl.int64) * K + k0)[:, None] // PACK * SIZE + lines[None, :]
         tl.inline_asm_elementwise(
             "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
         )
     if MP == 1 and STAGES == 1:
-        ahead = _load_weights(w_ptr, rows, k0, 0, K, DEPTH, BK)
+        ahead = _load_weights(w_ptr, rows, k0 // PACK, 0, K // PACK, DEPTH // PACK, BK // PACK)
     else:
         ahead = 0
     if PDL:
@@ -50,43 +52,149 @@ def begin(
     return ahead
 
 
+@triton.constexpr_function
+def _pack(group, mp):
+    """Inputs in an element of the weight's pointer: words of eight for one row of x, bytes of two for several."""
+    return 1 if group <= 0 else 8 if mp == 1 else 2
+
+
 @triton.jit
 def product(
-    ahead, x_ptr, w_ptr, rows, k0, K: tl.constexpr, DEPTH: tl.constexpr,
+    ahead, x_ptr, w_ptr, scale_ptr, rows, last, k0, K: tl.constexpr, DEPTH: tl.constexpr,
     MP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    GROUP: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """float32 [BN, MP]: the weight's rows times x, over K from k0 on."""
+    """float32 [BN, MP]: the weight's rows times x, over K from k0 on.
+
+    last: of the rows of x that there are; GROUP and scale_ptr: see `Matrix`; ROWS: of the whole weight.
+    """
+    if GROUP > 0:
+        if MP == 1:
+            y = _int4_row(ahead, x_ptr, w_ptr, scale_ptr, rows, k0, K, DEPTH, BN, BK, STAGES, GROUP, ROWS)
+        else:
+            y = _int4_rows(x_ptr, w_ptr, scale_ptr, rows, last, k0, K, DEPTH, MP, BN, BK, STAGES, GROUP, ROWS)
+    else:
+        if MP == 1:
+            y = _one_row(ahead, x_ptr, w_ptr, rows, k0, K, DEPTH, BN, BK, STAGES)
+        else:
+            y = _some_rows(x_ptr, w_ptr, rows, last, k0, K, DEPTH, MP, BN, BK, STAGES)
+        if GROUP < 0:
+            y *= tl.load(scale_ptr + rows)[:, None]
+    return y
+
+
+@triton.jit
+def _one_row(
+    ahead, x_ptr, w_ptr, rows, k0, K: tl.constexpr, DEPTH: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     EVEN: tl.constexpr = DEPTH % BK == 0
     w_rows = w_ptr + rows.to(tl.int64)[:, None] * K + k0
-    if MP == 1:
-        sums = tl.zeros([BN, BK], tl.float32)
-        for k in tl.range(0, DEPTH, BK, num_stages=STAGES):
-            kk = k + tl.arange(0, BK)
-            if STAGES == 1:  # two tiles in registers: the one multiplied and the one under way
-                w = ahead
-                ahead = _load_weights(w_ptr, rows, k0, k + BK, K, DEPTH, BK)
-            elif EVEN:
-                w = tl.load(w_rows + kk[None, :])
-            else:
-                w = tl.load(w_rows + kk[None, :], mask=kk[None, :] < DEPTH, other=0.0)
-            if EVEN:
-                x = tl.load(x_ptr + k0 + kk)
-            else:
-                x = tl.load(x_ptr + k0 + kk, mask=kk < DEPTH, other=0.0)
-            sums += w.to(tl.float32) * x.to(tl.float32)[None, :]
-        y = tl.sum(sums, 1)[:, None]
+    sums = tl.zeros([BN, BK], tl.float32)
+    for k in tl.range(0, DEPTH, BK, num_stages=STAGES):
+        kk = k + tl.arange(0, BK)
+        if STAGES == 1:  # two tiles in registers: the one multiplied and the one under way
+            w = ahead
+            ahead = _load_weights(w_ptr, rows, k0, k + BK, K, DEPTH, BK)
+        elif EVEN:
+            w = tl.load(w_rows + kk[None, :])
+        else:
+            w = tl.load(w_rows + kk[None, :], mask=kk[None, :] < DEPTH, other=0.0)
+        if EVEN:
+            x = tl.load(x_ptr + k0 + kk)
+        else:
+            x = tl.load(x_ptr + k0 + kk, mask=kk < DEPTH, other=0.0)
+        sums += w.to(tl.float32) * x.to(tl.float32)[None, :]
+    return tl.sum(sums, 1)[:, None]
+
+
+@triton.jit
+def _some_rows(
+    x_ptr, w_ptr, rows, last, k0, K: tl.constexpr, DEPTH: tl.constexpr,
+    MP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    EVEN: tl.constexpr = DEPTH % BK == 0
+    w_rows = w_ptr + rows.to(tl.int64)[:, None] * K + k0
+    x_cols = x_ptr + tl.minimum(tl.arange(0, MP), last)[None, :] * K + k0
+    y = tl.zeros([BN, MP], tl.float32)
+    for k in tl.range(0, DEPTH, BK, num_stages=STAGES):
+        kk = k + tl.arange(0, BK)
+        if EVEN:
+            w = tl.load(w_rows + kk[None, :])
+            x = tl.load(x_cols + kk[:, None])
+        else:
+            w = tl.load(w_rows + kk[None, :], mask=kk[None, :] < DEPTH, other=0.0)
+            x = tl.load(x_cols + kk[:, None], mask=kk[:, None] < DEPTH, other=0.0)
+        y = tl.dot(w.to(x.dtype), x, y)
+    return y
+
+
+@triton.jit
+def _int4_row(
+    ahead, x_ptr, w_ptr, scale_ptr, rows, k0, K: tl.constexpr, DEPTH: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    # Four bits q at the top of a float32's mantissa, below the bits of 1.0, are 1 + q / 16: no conversion is needed
+    # (64 a clock and multiprocessor, where two thousand weights must be). The ones are taken off with the sum of x.
+    WORDS: tl.constexpr = BK // 8
+    sums = tl.zeros([BN, WORDS], tl.float32)
+    w_rows = w_ptr + rows.to(tl.int64)[:, None] * (K // 8) + k0 // 8
+    x_pairs = x_ptr.to(tl.pointer_type(tl.int32)) + k0 // 2
+    for k in tl.range(0, DEPTH, BK, num_stages=STAGES):
+        word = k // 8 + tl.arange(0, WORDS)
+        there = word < DEPTH // 8
+        if STAGES == 1:
+            w = ahead
+            ahead = _load_weights(w_ptr, rows, k0 // 8, k // 8 + WORDS, K // 8, DEPTH // 8, WORDS)
+        else:
+            w = tl.load(w_rows + word[None, :], mask=there[None, :], other=0)
+        group = (k0 + word * 8) // GROUP
+        at = scale_ptr + (group[None, :] * ROWS + rows[:, None]) * 2
+        scale = tl.load(at, mask=there[None, :], other=0.0)
+        zero = tl.load(at + 1, mask=there[None, :], other=0.0)
+        part = tl.zeros([BN, WORDS], tl.float32)
+        x_sum = tl.zeros([WORDS], tl.float32)
+        for j in tl.static_range(4):
+            pair = tl.load(x_pairs + word * 4 + j, mask=there, other=0)  # two bfloat16
+            even = (pair << 16).to(tl.float32, bitcast=True)
+            odd = (pair & -65536).to(tl.float32, bitcast=True)
+            x_sum += even + odd
+            part += _one_and_sixteenths(w, 8 * j) * even[None, :] + _one_and_sixteenths(w, 8 * j + 4) * odd[None, :]
+        sums += scale * 16.0 * (part - x_sum[None, :]) + zero * x_sum[None, :]
+    return tl.sum(sums, 1)[:, None]
+
+
+@triton.jit
+def _one_and_sixteenths(w, BIT: tl.constexpr):
+    """float32 1 + q / 16 of the four bits from BIT on."""
+    if BIT <= 19:
+        moved = w << (19 - BIT)
     else:
-        x_cols = x_ptr + tl.arange(0, MP)[None, :] * K + k0
-        y = tl.zeros([BN, MP], tl.float32)
-        for k in tl.range(0, DEPTH, BK, num_stages=STAGES):
-            kk = k + tl.arange(0, BK)
-            if EVEN:
-                w = tl.load(w_rows + kk[None, :])
-                x = tl.load(x_cols + kk[:, None])
-            else:
-                w = tl.load(w_rows + kk[None, :], mask=kk[None, :] < DEPTH, other=0.0)
-                x = tl.load(x_cols + kk[:, None], mask=kk[:, None] < DEPTH, other=0.0)
-            y = tl.dot(w, x, y)
+        moved = w >> (BIT - 19)
+    return ((moved & 0x780000) | 0x3F800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _int4_rows(
+    x_ptr, w_ptr, scale_ptr, rows, last, k0, K: tl.constexpr, DEPTH: tl.constexpr,
+    MP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    w_rows = w_ptr + rows.to(tl.int64)[:, None] * (K // 2) + k0 // 2
+    x_cols = x_ptr + tl.minimum(tl.arange(0, MP), last)[None, :] * K + k0
+    y = tl.zeros([BN, MP], tl.float32)
+    for k in tl.range(0, DEPTH, GROUP, num_stages=STAGES):
+        at = k // 2 + tl.arange(0, GROUP // 2)
+        kk = k + tl.arange(0, GROUP)
+        if DEPTH % GROUP == 0:
+            w = tl.load(w_rows + at[None, :])
+            x = tl.load(x_cols + kk[:, None])
+        else:
+            w = tl.load(w_rows + at[None, :], mask=at[None, :] < DEPTH // 2, other=0)
+            x = tl.load(x_cols + kk[:, None], mask=kk[:, None] < DEPTH, other=0.0)
+        where = scale_ptr + ((k0 + k) // GROUP * ROWS + rows) * 2
+        scale, zero = tl.load(where), tl.load(where + 1)
+        q = tl.reshape(tl.join(w & 15, w >> 4), [BN, GROUP]).to(x.dtype)
+        y += tl.dot(q, x) * scale[:, None] + zero[:, None] * tl.sum(x.to(tl.float32), 0)[None, :]
     return y
 
 

@@ -17,6 +17,14 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from tpserve.model.kernels.norm import Normed, inverse_rms, load_sums
 
 
+@triton.jit
+def as_kept(y, DTYPE: tl.constexpr):
+    """Keys or values in the cache's type; float8_e4m3fn has no infinity, and nothing beyond 448."""
+    if tl.float8e4nv == DTYPE:
+        y = tl.minimum(tl.maximum(y.to(tl.float32), -448.0), 448.0)
+    return y.to(DTYPE)
+
+
 # Whether the host's pointers are aligned depends on a step's size: they must not make another variant.
 @triton.jit(do_not_specialize=["positions_ptr", "slots_ptr"])
 def _rope_and_write_kernel(
@@ -36,7 +44,7 @@ def _rope_and_write_kernel(
         y = y.to(tl.float32) * tl.sum(inverse_rms(load_sums(sums_ptr + t * P, P, 1), D, EPS), 0)
     if first >= H + KV:
         at = (slot * KV + first - H - KV + head) * E + e[None, :]
-        tl.store(v_ptr + at, y.to(v_ptr.dtype.element_ty), mask=there & (slot >= 0))
+        tl.store(v_ptr + at, as_kept(y, v_ptr.dtype.element_ty), mask=there & (slot >= 0))
         return
     even, odd = tl.split(tl.reshape(y.to(tl.float32), [HEADS, EP // 2, 2]))
     angle = tl.load(rope_ptr + position * E + e, mask=(e < E) & (position >= 0), other=0.0)
@@ -46,7 +54,8 @@ def _rope_and_write_kernel(
     if first < H:
         tl.store(q_ptr + (t * H + first + head) * E + e[None, :], turned, mask=there)
     else:
-        tl.store(k_ptr + (slot * KV + first - H + head) * E + e[None, :], turned, mask=there & (slot >= 0))
+        where = k_ptr + (slot * KV + first - H + head) * E + e[None, :]
+        tl.store(where, as_kept(turned, k_ptr.dtype.element_ty), mask=there & (slot >= 0))
 
 
 def rope_and_write(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from tpserve.model.matrix import Matrix
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Tile:
@@ -57,19 +59,35 @@ _SMALL, _MEDIUM = 144, 290
 _WIDE = 8192  # D from which rows are so long that other tiles are best (70B on 4 ranks: 408 MiB)
 
 
-def choose_tiles(s: int, dim: int, head_dim: int, layer_bytes: int) -> Tiles:
+def choose_tiles(s: int, dim: int, head_dim: int, layer_bytes: int, weight: Matrix) -> Tiles:
     """Tiles for steps of `s` sequences.
 
     Args:
         dim: D; head_dim: E.
         layer_bytes: weights of one layer on this rank.
+        weight: one of them: they have the same number of bits.
     """
     mib = layer_bytes / 2**20
-    if s == 1:
-        tiles = _one(dim, mib)
+    if weight.scale is None:
+        tiles = _one(dim, mib) if s == 1 else _few(dim, mib)
     else:
-        tiles = _few(dim, mib)
+        tiles = _fewer_bits(s, weight.group)
     return tiles.fit(dim, head_dim)
+
+
+def _fewer_bits(s: int, group: int) -> Tiles:
+    """int8 and float8 with a scale a row, int4 with groups."""
+    if s > 1:
+        head = Tile(64, 256, 4, 5)
+        tile = Tile(32, 256, 4, 4) if group < 0 else Tile(32, group, 4, 4)
+        return Tiles(tile, tile, tile, tile, head).all_with(early=True)
+    head = Tile(8, 1024, 4, 3)
+    if group < 0:
+        tiles = Tiles(Tile(16, 1024, 4, 3), Tile(8, 1024, 4, 3), Tile(8, 2048, 4, 3), Tile(4, 2048, 2, 3), head)
+    else:
+        tile = Tile(16, 2048, 4, 1)
+        tiles = Tiles(tile, tile, tile, tile, head)
+    return tiles.all_with(early=True)
 
 
 def _one(dim: int, mib: float) -> Tiles:
