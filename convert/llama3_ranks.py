@@ -64,15 +64,20 @@ def read_ranks(path: Path, data: bytes) -> dict[bytes, int]:
     return ranks
 
 
-def ranks_to_json(ranks: dict[bytes, int]) -> dict[str, Any]:
-    """The same tokenizer as the content of a `tokenizer.json`."""
+def ranks_to_json(ranks: dict[bytes, int], merges: bool = True) -> dict[str, Any]:
+    """The same tokenizer as the content of a `tokenizer.json`.
+
+    Args:
+        ranks: of every token.
+        merges: with those; without, it cannot encode. Of 128,000 tokens they take seconds.
+    """
     spelled = {token: "".join(BYTE_CHARS[byte] for byte in token) for token in ranks}
-    merges: list[tuple[str, str]] = []
-    for token in ranks:  # in order of their ranks
+    pairs_of: list[tuple[str, str]] = []
+    for token in ranks if merges else ():  # in order of their ranks
         # Whatever two tokens make this one, they merge; which of several pairs comes first does not matter much.
         pairs = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
         pairs.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
-        merges += [(spelled[a], spelled[b]) for a, b in pairs]
+        pairs_of += [(spelled[a], spelled[b]) for a, b in pairs]
     special = [{"id": len(ranks) + i, "content": name, "special": True} for i, name in enumerate(LLAMA3_SPECIAL_TOKENS)]
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     split = {"type": "Split", "pattern": {"Regex": LLAMA3_SPLIT}, "behavior": "Isolated", "invert": False}
@@ -91,7 +96,7 @@ def ranks_to_json(ranks: dict[bytes, int]) -> dict[str, Any]:
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, BYTE_LEVEL | {"use_regex": False}]},
         "post_processor": template,
         "decoder": BYTE_LEVEL | {"use_regex": True},
-        "model": byte_pairs({spelled[token]: rank for token, rank in ranks.items()}, merges, ignore_merges=True),
+        "model": byte_pairs({spelled[token]: rank for token, rank in ranks.items()}, pairs_of, ignore_merges=True),
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tpserve.convert.errors import ConvertError
-from tpserve.model.args import ModelArgs, ffn_hidden_dim
+from tpserve.model.args import ModelArgs, ffn_hidden_dim, scale_factor
 
 # Values of Meta's own files, tried first.
 _MULTIPLES = (256, 4096, 1024, 512, 128, 64, 32)
@@ -42,10 +42,10 @@ def params_of(args: ModelArgs) -> dict[str, Any]:
         params["rope_theta"] = args.rope_theta
     if args.use_scaled_rope:
         params["use_scaled_rope"] = True
-        # Constants of Meta's code; where a model has others, their code refuses the field rather than be wrong.
-        params |= {
-            name: getattr(args, name) for name in _SCALED_ROPE_FIELDS if getattr(args, name) != getattr(ModelArgs, name)
-        }
+        # Constants of Meta's releases; where a model has others, their code refuses the field rather than be wrong.
+        usual = {name: getattr(ModelArgs, name) for name in _SCALED_ROPE_FIELDS}
+        usual["rope_scale_factor"] = scale_factor(args.dim, args.n_layers)
+        params |= {name: getattr(args, name) for name in _SCALED_ROPE_FIELDS if getattr(args, name) != usual[name]}
     return params
 
 

@@ -73,7 +73,7 @@ def read_job(checkpoint: str, prompts: str, out: str, options: dict[str, Any]) -
             raise ConfigError(unknown_key(name, known))
     config = EngineConfig.from_dict({"checkpoint_dir": checkpoint, **engine})
     folder = Path(checkpoint)
-    vocabulary = Vocabulary(checkpoint_tokenizer(folder), describe_checkpoint(folder).args.vocab_size)
+    vocabulary = Vocabulary(checkpoint_tokenizer(folder, encodes=False), describe_checkpoint(folder).args.vocab_size)
     given = {name: value for name, value in sampling.items() if value is not None}
     return Job(Path(prompts), Path(out), sampling_params(given, SamplingParams(), vocabulary), config)
 

@@ -186,7 +186,7 @@ def _write(pipe: IO[bytes], message: bytes) -> None:
 
 
 def _main(tokenizer: str, vocab_size: str) -> None:
-    grammars = Grammars(load_tokenizer(Path(tokenizer)), int(vocab_size), cached=1)
+    grammars = Grammars(load_tokenizer(Path(tokenizer), encodes=False), int(vocab_size), cached=1)
     if sys.platform.startswith("linux"):
         limit = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + MAX_BYTES
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

@@ -99,7 +99,7 @@ def build_core(config: EngineConfig, device: torch.device, tp: TensorParallel) -
     if probe is not None:
         check_steps(runner, loaded, config, probe)
     vocab_size = loaded.info.args.vocab_size
-    tokenizer = checkpoint_tokenizer(Path(config.checkpoint_dir))
+    tokenizer = checkpoint_tokenizer(Path(config.checkpoint_dir), encodes=False)
     grammars = None if tokenizer is None else Grammars(tokenizer, vocab_size)
     # Converted by an older release, the checkpoint names only one.
     known = () if tokenizer is None else tokenizer.end_ids

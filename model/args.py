@@ -9,6 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+# Width and layers of Llama 3.2's 1B and 3B. Their frequencies are scaled by 32, the others' by 8; of all of them Meta's
+# params.json says use_scaled_rope only (transformers, convert_llama_weights_to_hf.py: "factor" by release; the
+# config.json of meta-llama/Llama-3.2-1B and -3B).
+_SCALED_BY_32 = frozenset({(2048, 16), (3072, 28)})
 # Fields of Meta's params.json that configure their runtime rather than the network: accepted and dropped.
 _RUNTIME_FIELDS = frozenset({"max_batch_size", "max_seq_len", "model_parallel_size", "use_kv_cache"})
 
@@ -32,7 +36,7 @@ class ModelArgs:
         rope_theta: base of the rotary frequencies.
         use_scaled_rope: apply Llama 3.1's frequency scaling.
         rope_scale_factor, rope_low_freq_factor, rope_high_freq_factor, rope_original_context_tokens:
-            constants of that scaling (Llama 3.1: 8, 1, 4, 8192).
+            constants of that scaling (Llama 3.1: 8, 1, 4, 8192; 3.2: 32).
     """
 
     dim: int
@@ -96,6 +100,8 @@ class ModelArgs:
             fields["n_kv_heads"] = fields["n_heads"]
         if fields.get("rope_theta") is None:
             fields.pop("rope_theta", None)
+        if fields.get("use_scaled_rope") and fields.get("rope_scale_factor") is None:
+            fields["rope_scale_factor"] = scale_factor(fields["dim"], fields["n_layers"])
         declared = fields.pop("vocab_size", -1)
         if vocab_size is not None and declared not in (-1, vocab_size):
             raise ModelArgsError(f"vocab_size is {declared} but tok_embeddings has {vocab_size} rows")
@@ -128,6 +134,11 @@ def ffn_hidden_dim(dim: int, multiple_of: int, multiplier: float | None) -> int:
     if multiplier is not None:
         hidden = int(multiplier * hidden)
     return multiple_of * ((hidden + multiple_of - 1) // multiple_of)
+
+
+def scale_factor(dim: Any, n_layers: Any) -> float:
+    """The `rope_scale_factor` that Meta's releases mean by `use_scaled_rope` alone."""
+    return 32.0 if (dim, n_layers) in _SCALED_BY_32 else ModelArgs.rope_scale_factor
 
 
 def read_params_json(path: Path) -> dict[str, Any]:

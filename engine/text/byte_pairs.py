@@ -29,6 +29,8 @@ class BytePairTokenizer(Tokenizer):
     Args:
         files: of kind "json" or "llama3".
         path: for messages.
+        encodes: make the library's encoder now, which of 128,000 tokens takes seconds and 200 MiB; else the first
+            `encode` makes it.
 
     Raises:
         TokenizerError: the file describes another kind of tokenizer, or is damaged.
@@ -36,8 +38,12 @@ class BytePairTokenizer(Tokenizer):
 
     strips_all_spaces = False
 
-    def __init__(self, files: Files, path: Path) -> None:
-        content = ranks_to_json(read_ranks(path, files.data)) if files.kind == "llama3" else json.loads(files.data)
+    def __init__(self, files: Files, path: Path, encodes: bool = True) -> None:
+        self._files, self._path = files, path
+        if files.kind == "llama3":
+            content = ranks_to_json(read_ranks(path, files.data), merges=encodes)
+        else:
+            content = json.loads(files.data)
         model = content["model"]
         if model.get("type", "BPE") != "BPE" or not isinstance(model.get("merges"), list):
             raise TokenizerError(f"{path}: model.type is {model.get('type')!r}; only BPE is served")
@@ -64,9 +70,12 @@ class BytePairTokenizer(Tokenizer):
         self.max_piece_chars = longest(self.pieces)
         if not self.max_piece_chars:
             raise TokenizerError(f"{path} has no token of text")
-        self._encoder = self._build(path, content, added, unknown)
+        self._encoder = self._build(path, content, added, unknown) if encodes else None
 
     def encode(self, text: str, bos: bool, eos: bool) -> list[int]:
+        if self._encoder is None:
+            self._encoder = BytePairTokenizer(self._files, self._path)._encoder
+            assert self._encoder is not None
         # Half a surrogate pair is no text; SentencePiece replaces it, too.
         text = text.encode("utf-8", "replace").decode() if not text.isascii() else text
         ids: list[int] = self._encoder.encode(text, add_special_tokens=False).ids

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.helpers.data import shared_data
+from tpserve.convert.meta_params import params_of
 from tpserve.model.args import ModelArgs, ModelArgsError, ffn_hidden_dim, read_params_json
 
 LLAMA_2_70B = {
@@ -102,3 +103,25 @@ def test_a_params_file_that_is_no_object(tmp_path: Path, text: str) -> None:
     path.write_text(text, encoding="latin-1")
     with pytest.raises(ModelArgsError, match=r"params\.json"):
         read_params_json(path)
+
+
+@pytest.mark.parametrize(
+    ("dim", "n_layers", "n_heads", "multiplier", "width", "factor"),
+    [(2048, 16, 32, 1.5, 8192, 32.0), (3072, 28, 24, 1.0, 8192, 32.0), (4096, 32, 32, 1.3, 14336, 8.0)],
+    ids=["3.2-1B", "3.2-3B", "3.1-8B"],
+)
+def test_how_far_metas_scaled_rope_scales(
+    dim: int, n_layers: int, n_heads: int, multiplier: float, width: int, factor: float
+) -> None:
+    """Meta's files state `use_scaled_rope` only; the numbers are those of the config.json of the same models."""
+    params = {
+        "dim": dim, "n_layers": n_layers, "n_heads": n_heads, "n_kv_heads": 8, "vocab_size": 128256,
+        "ffn_dim_multiplier": multiplier, "multiple_of": 1024 if n_layers == 32 else 256, "norm_eps": 1e-05,
+        "rope_theta": 500000.0, "use_scaled_rope": True,
+    }  # fmt: skip
+    args = ModelArgs.from_params(params)
+    assert (args.ffn_hidden_dim, args.rope_scale_factor) == (width, factor)
+    assert "rope_scale_factor" not in params_of(args)
+    assert ModelArgs.from_params(params_of(args)) == args
+    other = ModelArgs.from_params(params | {"rope_scale_factor": 16.0})
+    assert params_of(other)["rope_scale_factor"] == other.rope_scale_factor == 16.0

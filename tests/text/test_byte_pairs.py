@@ -20,6 +20,7 @@ from tests.text.models import load, tiny_model
 from tpserve.convert.llama3_ranks import LLAMA3_SPECIAL_TOKENS, LLAMA3_SPLIT, read_ranks
 from tpserve.engine.sampling_fields import Vocabulary, sampling_params
 from tpserve.engine.sampling_params import SamplingParams
+from tpserve.engine.text.byte_pairs import BytePairTokenizer
 from tpserve.engine.text.detokenizer import IncrementalDetokenizer
 from tpserve.engine.text.load import load_tokenizer
 from tpserve.engine.text.tokenizer import PieceKind, Tokenizer, TokenizerError
@@ -295,3 +296,19 @@ def test_smollm2s_tokenizer(smol: Tokenizer) -> None:
         assert smol.decode(ids) == text
         assert not smol.controls.keys() & set(ids)
     assert json.dumps(smol.chat_template).count("<|im_start|>") > 1
+
+
+@pytest.mark.parametrize("kind", ["json", "llama3"])
+def test_ranks_do_without_the_encoder(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = llama3_model() if kind == "llama3" else write_folder(tmp_path / "t", llama3_json())
+    whole, built = load_tokenizer(path), list[None]()
+    build = BytePairTokenizer._build
+    monkeypatch.setattr(BytePairTokenizer, "_build", lambda *args: (built.append(None), build(*args))[1])
+    rank = load_tokenizer(path, encodes=False)
+    assert (rank.pieces, rank.end_ids, rank.controls) == (whole.pieces, whole.end_ids, whole.controls)
+    assert not built
+    for _ in range(2):
+        assert rank.encode("Once upon a time", bos=True, eos=False) == whole.encode(
+            "Once upon a time", bos=True, eos=False
+        )
+    assert len(built) == 1
