@@ -83,7 +83,8 @@ def _serving(result: Result) -> str:
 
 def _instruments(result: Result) -> str:
     figures = result["figures"]
-    said = f"The peer is `{figures['instrument']}`, at the same server: {figures['requests']} requests a run, "
+    how = "at the same time" if figures["together"] else "in turn"
+    said = f"The peer is `{figures['instrument']}`, at the same server, {how}: {figures['requests']} requests a run, "
     said += f"{figures['input_len']} tokens in, {figures['output_len']} out, {figures['pairs']} pairs."
     return f"{said}\n\n{ratio_table(figures['ratios'])}"
 
@@ -140,7 +141,7 @@ def _short(value: Any) -> Any:
 
 
 _FORMS: tuple[tuple[str, Callable[[Result], str]], ...] = (
-    (r"serve_instruments", _instruments),
+    (r"serve_instruments(-.*)?", _instruments),
     (r"serve(-.*)?", _serving),
     (r"(latency|throughput)(-.*)?", _offline),
 )

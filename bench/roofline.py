@@ -30,7 +30,7 @@ from tpserve.model.args import ModelArgs
 if TYPE_CHECKING:
     import torch
 
-_REPEATS = 8
+_REPEATS = 6
 _GPU_BYTES, _CPU_BYTES = 2 << 30, 256 << 20  # far beyond caches
 _GPU_WIDTH, _CPU_WIDTH = 8192, 1024
 
