@@ -24,6 +24,7 @@ from tpserve.model.decoder import FusedDecoder
 from tpserve.model.kv_cache import PagedKVCache
 from tpserve.model.llama import Llama
 from tpserve.model.parallel import TensorParallel, num_kv_heads, shard
+from tpserve.model.quantized import quantize
 from tpserve.model.rope import rope_table
 
 MODELS = {
@@ -102,6 +103,8 @@ class Setup:
         layers: 0: all.
         batch, context: the largest.
         tokens: that the cache holds; 0: batch · context.
+        quantization: of the blocks' weights, one of `SCHEMES`; empty: none.
+        kv_cache_dtype: "fp8", or empty.
     """
 
     def __init__(
@@ -114,18 +117,22 @@ class Setup:
         batch: int,
         context: int,
         tokens: int = 0,
+        quantization: str = "",
+        kv_cache_dtype: str = "",
     ) -> None:
         args = dataclasses.replace(MODELS[model], n_layers=layers or MODELS[model].n_layers)
         self.group, self.device, self.args = group, device, args
         self.model = random_model(args, group, device, max_len=context)
+        if quantization:
+            quantize(self.model, quantization)
         blocks_each = -(-context // _BLOCK_SIZE)
         num_blocks = -(-(tokens or batch * context) // _BLOCK_SIZE) + batch
         self.cache = PagedKVCache(
             args.n_layers, num_blocks, _BLOCK_SIZE, num_kv_heads(args, group), args.head_dim,
-            dtype=torch.bfloat16, device=device,
+            dtype=torch.float8_e4m3fn if kv_cache_dtype == "fp8" else torch.bfloat16, device=device,
         )  # fmt: skip
         for tensor in (*self.cache.k, *self.cache.v):
-            tensor.normal_()
+            tensor.copy_(torch.randn(tensor.shape, dtype=torch.bfloat16, device=device))
         generator = torch.Generator().manual_seed(1)
         self.tokens_RL = torch.randint(args.vocab_size, (batch, context), generator=generator).to(device)
         self._order = torch.randperm(num_blocks, generator=generator).to(device)
