@@ -133,6 +133,9 @@ def serving(folder: Path, *options: str) -> Iterator[Machines]:
         try:
             machines.wait_until_ready()
             yield machines
+        except BaseException:
+            print(machines.said())
+            raise
         finally:
             machines.close()
 
@@ -161,7 +164,7 @@ def test_two_machines(folder: Path, alone: list[int]) -> None:
         with in_flight(machines, alone):
             machines.agent.kill()
             machines.agent.wait()
-            until(lambda: not is_running(rank), 5)  # a rank does not outlive its agent
+            until(lambda: not is_running(rank), 20)  # a rank does not outlive its agent
             machines.start_agent()
         text = machines.said()
         assert "machine second: the rank group ended: a rank" in text
@@ -169,9 +172,9 @@ def test_two_machines(folder: Path, alone: list[int]) -> None:
         assert machines.ask("GET", "/health/ready")[0] == 200
         machines.head.send_signal(signal.SIGTERM)
         assert machines.head.wait(30) == 0
-        until(lambda: not descendants(machines.agent.pid), 5)
+        until(lambda: not descendants(machines.agent.pid), 20)
         machines.agent.send_signal(signal.SIGTERM)  # an agent without a head has nothing to wait for
-        assert machines.agent.wait(5) == 0
+        assert machines.agent.wait(20) == 0
 
 
 @pytest.mark.faults
@@ -201,7 +204,7 @@ def test_a_head_that_dies_and_comes_back(folder: Path, alone: list[int]) -> None
         ranks = machines.ranks(machines.agent)
         machines.head.kill()
         machines.head.wait()
-        until(lambda: not [rank for rank in ranks if is_running(rank)], 5)
+        until(lambda: not [rank for rank in ranks if is_running(rank)], 20)
         machines.start_head()
         machines.wait_until_ready()
         assert machines.ids() == alone
