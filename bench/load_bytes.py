@@ -27,7 +27,7 @@ from typing import Any
 import fire
 import torch.distributed as dist
 
-from tpserve.bench.convert_memory import write_synthetic_checkpoint
+from tpserve.bench.convert_inputs import write_synthetic_checkpoint
 from tpserve.bench.record import write_result
 from tpserve.convert.convert import convert
 from tpserve.model.loader import load_model

@@ -25,6 +25,8 @@ from tpserve.model.rope import rope_table
 from tpserve.model.safetensors_reader import open_reader
 from tpserve.model.slice_planner import SlicePlanner
 
+_SLAB_BYTES = 32 << 20  # of other people's weights in memory at a time, beside the rank's own
+
 
 class WeightTensor(Protocol):
     """A whole parameter in somebody's files, in Meta's layout."""
@@ -160,7 +162,10 @@ def _read_source(model: Llama, source: WeightSource, share: Share) -> int:
     for tensor in source.tensors:
         target = parameters.pop(tensor.name)
         dim, lo, hi = share.of(tensor.name, model.args.head_dim) or (0, 0, tensor.shape[0])
-        target.copy_(tensor.read(dim, lo, hi, target.dtype))
+        step = max(1, _SLAB_BYTES * (hi - lo) // max(1, target.nbytes))
+        for begin in range(lo, hi, step):
+            end = min(begin + step, hi)
+            target.narrow(dim, begin - lo, end - begin).copy_(tensor.read(dim, begin, end, target.dtype))
         total += target.nbytes
     if parameters:
         raise CheckpointError(f"{next(iter(parameters))} is missing")

@@ -190,7 +190,8 @@ def _from_float8(q_NK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if q_NK.device.type != "cpu":
         return q_NK.to(dtype)
     bits = q_NK.view(torch.int8).to(torch.int16)  # the sign is in the upper byte
-    bits = (bits & -0x8000) | ((bits & 0x7F) << 4)
+    sign = bits & -0x8000
+    bits.bitwise_and_(0x7F).bitwise_left_shift_(4).bitwise_or_(sign)
     return bits.view(torch.bfloat16).mul_(2.0**120).to(dtype)
 
 
