@@ -14,7 +14,6 @@ Exit status 1: the median over pairs of tokens/s or of TTFT p50 differs by more 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import random
@@ -107,6 +106,7 @@ def main(
     texts = load_texts(tokenizer)
     asking = Asking(texts=texts, api_key=api_key)
     rows: list[dict[str, Any]] = []
+    running: list[Theirs] = []
     with tempfile.TemporaryDirectory(prefix="tpserve-bench-") as folder:
         for pair in range(pairs):
             rng = random.Random(pair)
@@ -119,14 +119,17 @@ def main(
             arrivals = [Arrival((i + 1) / rate, input_len, output_len) for i in range(requests)]
             for who in ("ours", "peer") if begins or pair % 2 == 0 else ("peer", "ours"):
                 if begins and who == "ours":
-                    peer = Theirs(command, values)
-                    peer.wait_for(begins)
-                    time.sleep(0.5 / rate)
-                    figures = run(url, dataclasses.replace(asking, warmup=0), arrivals, {}, f"pair {pair}")
+
+                    def begin(values: dict[str, Any] = values) -> None:
+                        running.append(Theirs(command, values))
+                        running[-1].wait_for(begins)
+                        time.sleep(0.5 / rate)
+
+                    figures = run(url, asking, arrivals, {}, f"pair {pair}", begin)
                 elif who == "ours":
                     figures = run(url, asking, arrivals, {}, f"pair {pair}")
                 else:
-                    figures = (peer if begins else Theirs(command, values)).figures()
+                    figures = (running[-1] if begins else Theirs(command, values)).figures()
                 rows.append({"who": who, "pair": pair, "rate": f"{rate:g}", **figures})
     found = ratios(rows)
     print(ratio_table(found))

@@ -9,7 +9,7 @@ import json
 import random
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,12 @@ def _message(text: str) -> dict[str, str]:
 
 
 def run(
-    url: str, asking: Asking, arrivals: Sequence[Arrival], objectives: dict[str, float], label: str = "requests"
+    url: str,
+    asking: Asking,
+    arrivals: Sequence[Arrival],
+    objectives: dict[str, float],
+    label: str = "requests",
+    before: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Figures of `summarise`, of one run.
 
@@ -117,6 +122,7 @@ def run(
         arrivals: when, and lengths.
         objectives: of the goodput.
         label: of the progress bar.
+        before: called when all is ready; the schedule begins when it returns.
 
     Raises:
         ConfigError: nobody answers there, or no request was answered.
@@ -125,20 +131,32 @@ def run(
         client = Client(url, asking.api_key, asking.timeout_s)
     except ValueError as e:
         raise ConfigError(str(e)) from None
-    return asyncio.run(_run(client, url, asking, arrivals, objectives, label))
+    return asyncio.run(_run(client, url, asking, arrivals, objectives, label, before))
 
 
 async def _run(
-    client: Client, url: str, asking: Asking, arrivals: Sequence[Arrival], objectives: dict[str, float], label: str
+    client: Client,
+    url: str,
+    asking: Asking,
+    arrivals: Sequence[Arrival],
+    objectives: dict[str, float],
+    label: str,
+    before: Callable[[], None],
 ) -> dict[str, Any]:
     try:
-        return await _measured(client, url, asking, arrivals, objectives, label)
+        return await _measured(client, url, asking, arrivals, objectives, label, before)
     finally:
         await client.close()
 
 
 async def _measured(
-    client: Client, url: str, asking: Asking, arrivals: Sequence[Arrival], objectives: dict[str, float], label: str
+    client: Client,
+    url: str,
+    asking: Asking,
+    arrivals: Sequence[Arrival],
+    objectives: dict[str, float],
+    label: str,
+    before: Callable[[], None],
 ) -> dict[str, Any]:
     model = asking.model or await _first_model(client, url)
     content_seed = secrets.randbits(32)
@@ -151,6 +169,7 @@ async def _measured(
     gc.collect()
     gc.freeze()  # a collection in the middle would be told as the server's latency
     with tqdm(total=len(arrivals), desc=label, unit="req", leave=False, dynamic_ncols=True) as bar:
+        before()
         started_s = time.perf_counter()
         answers = await _all(client, path, encoded, arrivals, started_s, asking.max_concurrency, bar)
     gc.unfreeze()
