@@ -75,7 +75,8 @@ class DecodeStep:
         rows_S, positions_S: int64 input; position -1 is padding.
         layers: the joined weights.
         logits_SV: float32 output.
-        tiles: of the products by S; tuning may put others here.
+        few_rows: S up to which a step takes the kernels that stream the weights.
+        tiles: of their products by S; tuning may put others here.
     """
 
     def __init__(
@@ -122,10 +123,11 @@ class DecodeStep:
         self._splits = {s: choose_splits(s, kv_heads, tokens_RL.shape[1], processors) for s in batch_sizes}
         items = max(s * splits for s, splits in self._splits.items())
         self._scratch = decode_scratch(largest, h, e, -(-items // largest), device)
+        self.few_rows = linear.MAX_ROWS if first.w13_ND.scale is None else linear.MAX_ROWS_OF_FEWER_BITS
         weights = (first.wqkv_ND, first.wo_DN, first.w13_ND, first.w2_DF)
         layer_bytes = sum(weight.nbytes for weight in weights)
         self.tiles = {
-            s: choose_tiles(s, args.dim, e, layer_bytes, first.w13_ND) for s in batch_sizes if s <= linear.MAX_ROWS
+            s: choose_tiles(s, args.dim, e, layer_bytes, first.w13_ND) for s in batch_sizes if s <= self.few_rows
         }
         self._per_step = 2 * len(self.layers) + 1
         self._exchange = self._make_exchange() if tp.size > 1 else None
@@ -158,7 +160,7 @@ class DecodeStep:
 
     def enqueue(self, s: int) -> None:
         """One step of the first `s` input rows; leaves logits for as many."""
-        few = s <= linear.MAX_ROWS
+        few = s <= self.few_rows
         layers, gains = self.layers, [layer.attention_norm_D for layer in self.layers] + [self._norm_D]
         parts = norm.embed(
             self._tokens_RL, self._tables_RB, self.rows_S[:s], self.positions_S[:s], self._embeddings_VD, gains[0],
@@ -190,7 +192,7 @@ class DecodeStep:
 
     def _qkv(self, i: int, parts: int, s: int) -> None:
         layer, k, v = self.layers[i], self._cache.k[i], self._cache.v[i]
-        if s <= linear.MAX_ROWS:
+        if s <= self.few_rows:
             linear.qkv(
                 self._normed, parts, layer.wqkv_ND, self._q_SHE, k, v, self._rope_PC2, self.positions_S, self._slots_S,
                 s, self.tiles[s].qkv, pdl=self._pdl,
@@ -221,7 +223,7 @@ class DecodeStep:
         return norm.add(partial, self._normed, gain_D, pdl=self._pdl)
 
     def _logits(self, parts: int, s: int) -> None:
-        few, index = s <= linear.MAX_ROWS, self._per_step - 1
+        few, index = s <= self.few_rows, self._per_step - 1
         words = self._exchange if few else None
         out = self.logits_SV if self._tp.size == 1 or words is not None else self._own_logits_SV
         if few:

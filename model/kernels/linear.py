@@ -147,6 +147,8 @@ def _logits_kernel(
 
 MAX_ROWS = 8  # beyond, cuBLAS is as fast as the best tiles were (at 16, 32 and 64 rows on an H200: 1 to 2%)
 
+MAX_ROWS_OF_FEWER_BITS = 1
+
 
 def padded_rows(s: int) -> int:
     """MP: rows that the kernels compute for `s` sequences; their inputs need as many."""
