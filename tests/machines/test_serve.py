@@ -134,7 +134,7 @@ def serving(folder: Path, *options: str) -> Iterator[Machines]:
             machines.wait_until_ready()
             yield machines
         except BaseException:
-            print(machines.said())
+            sys.stderr.write(machines.said())
             raise
         finally:
             machines.close()
