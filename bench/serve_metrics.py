@@ -2,7 +2,7 @@
 
 Definitions (those of `vllm bench serve` where it has one):
 - TTFT: from when the request was due to the first chunk with tokens. A request that the load generator sent late is not
-  forgiven; `late_ms` says how late they were.
+  forgiven; `late_ms` says how late they were, and `ttft_sent_ms` counts from the sending instead, as others do.
 - ITL: times between chunks with tokens, of all requests together. A chunk may hold several tokens.
 - TPOT: of one request, from its first to its last chunk, by its tokens less one.
 - E2E: from when it was due to the last of the answer.
@@ -83,6 +83,7 @@ def summarise(answers: Sequence[Answer], started_s: float, objectives: Mapping[s
         "total_tokens_per_s": round((prompt_tokens + output_tokens) / duration_s, 3) if good else 0.0,
         "tokens_per_chunk": round(output_tokens / max(1, sum(len(a.heard_s) for a in good)), 3),
         "ttft_ms": _points([one["ttft"] for one in each]),
+        "ttft_sent_ms": _points([1e3 * (answer.heard_s[0] - answer.sent_s) for answer in good]),
         "itl_ms": _points(gaps),
         "tpot_ms": _points([one["tpot"] for one, a in zip(each, good, strict=True) if len(a.heard_s) > 1]),
         "e2e_ms": _points([one["e2e"] for one in each]),

@@ -76,6 +76,7 @@ def test_figures_by_hand() -> None:
     assert (figures["duration_s"], figures["output_tokens"], figures["prompt_tokens"]) == (3.0, 9, 13)
     assert (figures["output_tokens_per_s"], figures["requests_per_s"]) == (3.0, 1.0)
     assert figures["ttft_ms"]["p50"] == 300.0
+    assert figures["ttft_sent_ms"]["mean"] == pytest.approx((99 + 300 + 900) / 3, abs=0.01)
     assert figures["itl_ms"] == pytest.approx({"mean": 500 / 3, "p50": 200.0, "p90": 200.0, "p99": 200.0}, abs=0.01)
     assert figures["tpot_ms"]["p50"] == pytest.approx((150 + 75) / 2)
     assert figures["e2e_ms"]["p90"] == pytest.approx(600 + 0.8 * 300)
