@@ -170,7 +170,8 @@ class Int4Linear(nn.Module):
 def _packed(q_NK: torch.Tensor) -> torch.Tensor:
     """Bytes of two inputs each, in the order of torch's product on this CPU; a few rows at a time."""
     blocks = []
-    for rows in q_NK.split(_PACKED_ROWS):
+    for first in range(0, q_NK.shape[0], _PACKED_ROWS):
+        rows = q_NK[first : first + _PACKED_ROWS]
         q = torch.stack([rows & 15, rows >> 4], -1).view(rows.shape[0], -1).to(torch.int32)
         blocks.append(torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1))
     return torch.cat(blocks) if len(blocks) > 1 else blocks[0]

@@ -17,6 +17,7 @@ from tpserve.model.quantized import (
     Float8Linear,
     Int4Linear,
     Int8Linear,
+    _from_float8,
     is_quantized,
     quantize,
     weight_bytes,
@@ -60,6 +61,24 @@ def test_how_far_the_numbers_are_from_the_weight() -> None:
     assert ((made["int4"][1].dequantized().view_as(grouped) - grouped).abs() <= step * 0.51 + 1e-6).all()
     error = (made["fp8"][1].dequantized() - weight).abs()  # three bits of mantissa, and a smallest number
     assert (error <= weight.abs() / 15 + weight.abs().amax(1, keepdim=True) / 448 * 2**-9).all()
+
+
+def test_every_number_of_float8_is_widened_exactly() -> None:
+    every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    numbers = every[every.float().isfinite()].view(2, 127)
+    for dtype in (torch.bfloat16, torch.float32):
+        assert torch.equal(_from_float8(numbers, dtype), numbers.to(dtype))
+
+
+@pytest.mark.parametrize("rows", [48, 4096 + 48])
+def test_int4_is_packed_for_bfloat16_a_few_rows_at_a_time(rows: int) -> None:
+    weight = torch.randn(rows, 128).bfloat16()
+    packed, plain = Int4Linear(weight, 64), Int4Linear(weight.float(), 64)
+    assert packed.packed
+    assert not plain.packed
+    x = torch.randn(3, 128).bfloat16()
+    expected = x.float() @ plain.dequantized().t()
+    assert (packed(x).float() - expected).norm() < 0.01 * expected.norm()
 
 
 def nll(loaded: LoadedModel, kv_dtype: torch.dtype) -> float:
