@@ -11,6 +11,11 @@ TpserveError
 
 from __future__ import annotations
 
+import re
+
+_PATH = re.compile(r"(?<![\w.:/#])(?:/[^\s/:;,'\"()\[\]]+)+/([^\s/:;,'\"()\[\]]+)")
+_ADDRESS = re.compile(r"\b0x[0-9a-fA-F]{4,}\b")
+
 
 class TpserveError(Exception):
     """Root of what this package raises on purpose."""
@@ -64,3 +69,10 @@ class OverloadedError(RequestError):
 
 class EngineError(TpserveError, RuntimeError):
     """The rank group died, hung, or disagreed."""
+
+
+def public(message: str) -> str:
+    """What happened to us, as strangers may read it: files by their names alone, no addresses, no traceback."""
+    if "Traceback (most recent call last)" in message:
+        message = message.strip().splitlines()[-1]
+    return _ADDRESS.sub("0x…", _PATH.sub(r"\1", message))

@@ -32,6 +32,7 @@ from tpserve.engine.offline import OfflineFrontend, error_result, read_jsonl
 from tpserve.engine.requests import GenerateRequest, RequestReader
 from tpserve.engine.sampling_fields import ALIASES, SAMPLING_FIELDS, Vocabulary, sampling_params
 from tpserve.engine.sampling_params import SamplingParams
+from tpserve.engine.text.chat_template import default_template
 from tpserve.engine.text.load import checkpoint_tokenizer
 from tpserve.engine.text.tokenizer import TokenizerError
 from tpserve.engine.weights import describe_checkpoint
@@ -100,10 +101,15 @@ def _lead_batch(job: Job, core: EngineCore, channel: LeaderChannel) -> int:
     checkpoint = Path(job.config.checkpoint_dir)
     info = describe_checkpoint(checkpoint)
     tokenizer = checkpoint_tokenizer(checkpoint)
-    reader = RequestReader(tokenizer, info.args.vocab_size, core.shape.max_seq_len)
+    max_seq_len = core.shape.max_seq_len
+    template = default_template(tokenizer)
+    if template is not None:
+        template = template.within(max_seq_len)
+    reader = RequestReader(tokenizer, info.args.vocab_size, max_seq_len, chat_template=template)
     lines = read_jsonl(job.prompts)
     defaults = msgspec.to_builtins(job.defaults)
-    settings = [dataclasses.asdict(info), str(checkpoint.resolve()), defaults, core.shape.max_seq_len]
+    settings = [dataclasses.asdict(info), str(checkpoint.resolve()), defaults, max_seq_len]
+    settings.append(None if tokenizer is None else tokenizer.chat_template)
     digests = [digest(str(x) if isinstance(x, RequestError) else x, settings) for x in lines]
     with Journal(job.out, digests) as journal:
         if journal.results:

@@ -14,6 +14,7 @@ from tpserve.engine.limits import check_prompt, too_long
 from tpserve.engine.sampling_fields import ALIASES, SAMPLING_FIELDS, Vocabulary, sampling_params
 from tpserve.engine.sampling_params import Guided, SamplingParams
 from tpserve.engine.text.chat import check_dialog, encode_dialog
+from tpserve.engine.text.chat_template import ChatTemplate
 from tpserve.engine.text.tokenizer import Tokenizer
 
 PROMPT_FIELDS = ("prompt", "prompt_token_ids", "dialog")
@@ -134,6 +135,7 @@ class RequestReader:
         max_seq_len: tokens of prompt and answer together.
         check_grammar: raises if a grammar cannot be used; None: it is compiled here and now, which is for those who
             trust whoever wrote it (see `grammar_check`).
+        chat_template: of dialogs; None: Meta's, by the tokenizer's control tokens.
 
     Attributes:
         max_seq_len: the same.
@@ -145,7 +147,9 @@ class RequestReader:
         vocab_size: int,
         max_seq_len: int,
         check_grammar: Callable[[Guided], None] | None = None,
+        chat_template: ChatTemplate | None = None,
     ) -> None:
+        self._chat_template = chat_template
         self._vocabulary = Vocabulary(tokenizer, vocab_size)
         self.max_seq_len = max_seq_len
         if check_grammar is None and tokenizer is not None:
@@ -204,7 +208,11 @@ class RequestReader:
         else:
             messages = cast(list[tuple[str, str]], prompt.value)
             self._check_chars(tokenizer, prompt.field, sum(len(content.strip()) for _, content in messages))
-            ids = encode_dialog(tokenizer, messages)
+            if self._chat_template is None:
+                ids = encode_dialog(tokenizer, messages)
+            else:
+                dialog = [{"role": role, "content": content} for role, content in messages]
+                ids = self._chat_template.encode(dialog, prompt.field)
         check_prompt(ids, self.max_seq_len, vocab_size, prompt.field)
         return ids
 

@@ -19,9 +19,9 @@ from tpserve.engine.metrics import CONTENT_TYPE, EngineMetrics
 from tpserve.engine.protocol import RankTrace, Ready, RequestOutput, Status
 from tpserve.engine.requests import Prompt, RequestReader
 from tpserve.engine.sampling_params import SamplingParams
+from tpserve.engine.text.chat_template import ChatTemplate, default_template
 from tpserve.engine.text.tokenizer import Tokenizer
 from tpserve.engine.trace import chrome_trace
-from tpserve.handler.chat_template import ChatTemplate, default_template
 from tpserve.handler.health import Health
 from tpserve.handler.http import MAX_HEADERS, HttpRequest, Signal
 from tpserve.handler.open_request import Deferred, Input, OpenAnswers, OpenRequest, Pending

@@ -12,8 +12,8 @@ from tpserve.engine.config import EngineConfig, unknown_key
 from tpserve.engine.errors import ConfigError, RequestError
 from tpserve.engine.sampling_fields import SAMPLING_FIELDS, sampling_params
 from tpserve.engine.sampling_params import SamplingParams
+from tpserve.engine.text.chat_template import LLAMA2, LLAMA3, ChatTemplate, default_template
 from tpserve.engine.text.tokenizer import Tokenizer
-from tpserve.handler.chat_template import LLAMA2, LLAMA3, ChatTemplate, default_template
 from tpserve.handler.predictions import MODES, Defaults
 
 # The old example's names for what the engine calls otherwise.

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from tpserve.engine.errors import EngineError
+from tpserve.engine.errors import EngineError, public
 from tpserve.handler.http import Signal
-from tpserve.handler.replies import Reply, json_reply, public
+from tpserve.handler.replies import Reply, json_reply
 
 if TYPE_CHECKING:
     from tpserve.handler.backend import Engine

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 
 from tpserve.engine.completion import Completion
-from tpserve.engine.errors import EngineError
+from tpserve.engine.errors import EngineError, public
 from tpserve.engine.protocol import RequestOutput
 from tpserve.engine.results import said, said_of_prompt, usage, whole
 from tpserve.engine.sampling_params import SamplingParams
 from tpserve.handler.http import Signal
 from tpserve.handler.predictions import Form, Prediction
-from tpserve.handler.replies import NDJSON, Reply, error_reply, failed, json_line, json_reply, public
+from tpserve.handler.replies import NDJSON, Reply, error_reply, failed, json_line, json_reply
 
 if TYPE_CHECKING:
     from tpserve.handler.tracing import RequestSpan

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from typing import Any
 
 import msgspec
 
-from tpserve.engine.errors import EngineError, OverloadedError, RequestError
+from tpserve.engine.errors import EngineError, OverloadedError, RequestError, public
 
 JSON = "application/json"
 NDJSON = "application/x-ndjson"
 
 # A path of two or more parts that begins at the root, and the addresses in Python's names of objects.
-_PATH = re.compile(r"(?<![\w.:/#])(?:/[^\s/:;,'\"()\[\]]+)+/([^\s/:;,'\"()\[\]]+)")
-_ADDRESS = re.compile(r"\b0x[0-9a-fA-F]{4,}\b")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,13 +32,6 @@ class Reply:
     status: int = 200
     headers: tuple[tuple[str, str], ...] = ()
     more: bool | None = None
-
-
-def public(message: str) -> str:
-    """What happened to us, as strangers may read it: files by their names alone, no addresses, no traceback."""
-    if "Traceback (most recent call last)" in message:
-        message = message.strip().splitlines()[-1]
-    return _ADDRESS.sub("0x…", _PATH.sub(r"\1", message))
 
 
 def failed(message: str) -> dict[str, Any]:

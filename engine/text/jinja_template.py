@@ -16,11 +16,10 @@ from typing import Any, NoReturn
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from tpserve.engine.errors import ConfigError, RequestError
+from tpserve.engine.errors import ConfigError, RequestError, public
+from tpserve.engine.text.chat_messages import Message
+from tpserve.engine.text.marked_text import BOS, EOS, MARK, MARKS, Marks, dumps
 from tpserve.engine.text.tokenizer import TextEncoder
-from tpserve.handler.chat_messages import Message
-from tpserve.handler.marked_text import BOS, EOS, MARK, MARKS, Marks, dumps
-from tpserve.handler.replies import public
 
 # What may be a control token's name in a template.
 _NAME = re.compile(r"<[^<>\s]{1,64}>|\[[^\[\]\s]{1,64}\]")
