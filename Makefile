@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(shell cksum < pyproject.toml | cut -d' ' -f1)
 
-.PHONY: install demo demo-chat test test-faults soak test-clients check lint bench audit clean
+.PHONY: install demo demo-chat test test-faults soak test-clients test-ray check lint bench audit clean
 
 install: $(STAMP)
 
@@ -35,6 +35,11 @@ soak: install
 # Other people's clients against both fronts: npm, Chromium (apt-get install chromium) and ten minutes; see docs/clients.md.
 test-clients: install
 	$(BIN)/python -m tests.clients.run $(CLIENTS)
+
+# deploy/ray_serve.py: two groups on this machine, one of which dies. Ray gets an environment of its own.
+test-ray: install
+	test -x $(VENV)/ray/bin/serve || VENV=$(VENV) sh scripts/ray-env.sh
+	$(VENV)/ray/bin/python -m pytest tests/deploy/test_ray_serve.py
 
 check: install lint
 	sh scripts/typecheck.sh $(BIN)/mypy
