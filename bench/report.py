@@ -63,7 +63,8 @@ def _section(name: str, result: Result, level: str, form: Callable[[Result], str
         ) if part
     )  # fmt: skip
     when = f", {result['date']}" if "date" in result else ""
-    command = result["command"].partition(" --peer ")[0]
+    # Where files lay on that machine is nobody's business, nor how the peer was installed.
+    command = re.sub(r"(?<=\s)/\S*/", "", result["command"].partition(" --peer ")[0])
     lines = [f"{level} {name}", f"`{command}`", f"At {result['commit']}{when}: {where}.", form(result)]
     return "\n\n".join(lines)
 
