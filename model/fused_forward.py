@@ -226,7 +226,7 @@ class FusedForward:
     def compile(self) -> None:
         """Compiles every variant of the kernels, lest somebody wait for it: by steps that write and read no keys."""
         variants = decode_variants(
-            len(self._tables_RB), self._heads // self._kv_heads, self._cache.k[0], self._model.output.weight.dtype
+            len(self._tables_RB), self._cache.k[0], self._model.output.weight.dtype
         )  # fmt: skip
         for num_decodes, num_chunks in [(0, 1), (0, 17), *((n, 1) for n in variants)]:
             none = torch.zeros(num_decodes or 64, dtype=torch.int64, device=self._tables_RB.device)

@@ -36,6 +36,13 @@ class Matrix:
         return n, 2 * k if self.group > 0 else k
 
     @property
+    def scheme(self) -> str:
+        """One of `SCHEMES`; empty: none."""
+        if self.scale is None:
+            return ""
+        return "int4" if self.group > 0 else "int8" if self.q.dtype == torch.int8 else "fp8"
+
+    @property
     def nbytes(self) -> int:
         """Of numbers and scales."""
         return self.q.nbytes + (0 if self.scale is None else self.scale.nbytes)

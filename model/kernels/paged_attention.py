@@ -55,7 +55,7 @@ def decode_scratch(max_S: int, H: int, E: int, max_splits: int, device: torch.de
     )
 
 
-def _tiles(S: int, K: int, E: int, dtype: torch.dtype, dots: bool) -> tuple[int, int, int]:
+def _tiles(S: int, K: int, E: int, dtype: torch.dtype, cache: torch.dtype) -> tuple[int, int, int]:
     """(keys a tile, warps a program, tiles in flight + 1), as measured on an H200.
 
     One warp needs no barriers, and where there are programs for all multiprocessors several times over, their number
@@ -63,8 +63,8 @@ def _tiles(S: int, K: int, E: int, dtype: torch.dtype, dots: bool) -> tuple[int,
     """
     if dtype == torch.float32:
         return 16, 4, 1
-    if not dots:
-        return (64, 1, 2) if S * K >= _MANY else (64, 2, 3)
+    if cache == torch.float8_e4m3fn and S * K >= _MANY:
+        return 64, 1, 2
     if S * K in _ONE_EACH and E <= 128:
         return 128, 4, 3
     return (32, 1, 2) if S * K >= _MANY else (32, 2, 3)
@@ -74,21 +74,12 @@ def _padded_sequences(S: int) -> int:
     return 1 if S == 1 else max(16, triton.next_power_of_2(S))
 
 
-def _by_dots(G: int, cache: torch.dtype) -> bool:
-    """Whether the tensor cores multiply.
-
-    A single query head leaves fifteen of their sixteen rows empty, and float8 values must go to them by way of shared
-    memory, once widened; ordinary multiplications are then sooner done.
-    """
-    return G > 1 or cache != torch.float8_e4m3fn
-
-
-def decode_variants(max_S: int, G: int, k_cache: torch.Tensor, dtype: torch.dtype) -> list[int]:
+def decode_variants(max_S: int, k_cache: torch.Tensor, dtype: torch.dtype) -> list[int]:
     """Numbers of sequences, one for each variant that the kernel is compiled in for up to `max_S` of them."""
-    (_, K, E), dots = k_cache.shape, _by_dots(G, k_cache.dtype)
+    _, K, E = k_cache.shape
     first: dict[object, int] = {}
     for S in range(1, max_S + 1):
-        first.setdefault((_padded_sequences(S), _tiles(S, K, E, dtype, dots)), S)
+        first.setdefault((_padded_sequences(S), _tiles(S, K, E, dtype, k_cache.dtype)), S)
     return list(first.values())
 
 
@@ -164,7 +155,7 @@ def _decode_kernel(
     num_seqs, shares, q_stride, out_stride, table_stride, scale,
     K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, SP: tl.constexpr,
     BLOCK: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, CS: tl.constexpr, CG: tl.constexpr,
-    OFFSET: tl.constexpr, PRECISION: tl.constexpr, DOTS: tl.constexpr, PDL: tl.constexpr,
+    OFFSET: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     item, head = tl.program_id(0) // K, tl.program_id(0) % K
     # An item hands on G · E float32 values: it should have read several times as many bytes of keys.
@@ -182,7 +173,7 @@ def _decode_kernel(
     start = (item - first) * each
     end = tl.minimum(start + each, length)
     q = tl.load(q_ptr + seq.to(tl.int64) * q_stride + (head * G + g)[:, None] * E + e[None, :], mask=ge_mask, other=0.0)
-    q = beside_float8(q, k_ptr.dtype.element_ty) if DOTS else q.to(tl.float32)
+    q = beside_float8(q, k_ptr.dtype.element_ty)
     best = tl.full([GP], float("-inf"), tl.float32)
     total = tl.zeros([GP], tl.float32)
     acc = tl.zeros([GP, EP], tl.float32)
@@ -199,19 +190,13 @@ def _decode_kernel(
         k = tl.load(k_ptr + at_cache, mask=mask, other=0.0)
         v = tl.load(v_ptr + at_cache, mask=mask, other=0.0)
         k, v = k.to(q.dtype), v.to(q.dtype)  # of float8
-        if DOTS:
-            score = tl.dot(q, k.T, input_precision=PRECISION)
-        else:
-            score = tl.sum(q[:, None, :] * k[None, :, :], 2)
+        score = tl.dot(q, k.T, input_precision=PRECISION)
         score = tl.where(there[None, :], score, float("-inf"))
         new_best = tl.maximum(best, tl.max(score, 1) * scale)
         weight = tl.exp2(score * scale - new_best[:, None])
         fade = tl.exp2(best - new_best)
         total = total * fade + tl.sum(weight, 1)
-        if DOTS:
-            acc = tl.dot(weight.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
-        else:
-            acc = acc * fade[:, None] + tl.sum(weight[:, :, None] * v[None, :, :], 1)
+        acc = tl.dot(weight.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
         best = new_best
     if splits == 1:
         result = acc / tl.where(total == 0, 1.0, total)[:, None]  # padding: 0 / 1
@@ -263,17 +248,16 @@ def paged_decode_attention(
     S, H, E = q_SHE.shape
     K = k_cache.shape[1]
     G = H // K
-    dots = _by_dots(G, k_cache.dtype)
-    BN, warps, stages = config or _tiles(S, K, E, q_SHE.dtype, dots)
+    BN, warps, stages = config or _tiles(S, K, E, q_SHE.dtype, k_cache.dtype)
     CG = triton.next_power_of_2(G)
     _decode_kernel[(S * num_splits * K,)](
         q_SHE, k_cache, v_cache, tables_RB, rows_S, lens_S, out_SHE, scratch.partial, scratch.lse, scratch.arrived,
         S, num_splits if S == 1 else max(1, S * (num_splits - 1)),
         q_SHE.stride(0), out_SHE.stride(0), tables_RB.stride(0), math.log2(math.e) / math.sqrt(E),
-        K=K, G=G, GP=max(16, CG) if dots else 1, E=E, EP=max(16, triton.next_power_of_2(E)),
+        K=K, G=G, GP=max(16, CG), E=E, EP=max(16, triton.next_power_of_2(E)),
         SP=_padded_sequences(S),
         BLOCK=block_size, BN=BN, STAGES=stages, CS=max(1, 16 * warps // CG), CG=CG,
         OFFSET=tl.int32 if k_cache.numel() < 2**31 else tl.int64,
-        PRECISION="ieee" if q_SHE.dtype == torch.float32 else "tf32", DOTS=dots, PDL=pdl,
+        PRECISION="ieee" if q_SHE.dtype == torch.float32 else "tf32", PDL=pdl,
         num_warps=warps, launch_pdl=pdl,
     )  # fmt: skip

@@ -71,23 +71,21 @@ def choose_tiles(s: int, dim: int, head_dim: int, layer_bytes: int, weight: Matr
     if weight.scale is None:
         tiles = _one(dim, mib) if s == 1 else _few(dim, mib)
     else:
-        tiles = _fewer_bits(s, weight.group)
+        tiles = _fewer_bits(weight.scheme)
     return tiles.fit(dim, head_dim)
 
 
-def _fewer_bits(s: int, group: int) -> Tiles:
-    """int8 and float8 with a scale a row, int4 with groups."""
-    if s > 1:
-        head = Tile(64, 256, 4, 5)
-        tile = Tile(32, 256, 4, 4) if group < 0 else Tile(32, group, 4, 4)
-        return Tiles(tile, tile, tile, tile, head).all_with(early=True)
+def _fewer_bits(scheme: str) -> Tiles:
+    """For one sequence; several have products of their own (`mixed.py`)."""
     head = Tile(8, 1024, 4, 3)
-    if group < 0:
-        tiles = Tiles(Tile(16, 1024, 4, 3), Tile(8, 1024, 4, 3), Tile(8, 2048, 4, 3), Tile(4, 2048, 2, 3), head)
+    if scheme == "fp8":
+        tiles = Tiles(Tile(4, 512, 2, 3), Tile(8, 1024, 4, 3), Tile(4, 4096, 4, 3), Tile(16, 1024, 4, 3), head)
+    elif scheme == "int8":
+        tiles = Tiles(Tile(4, 512, 2, 3), Tile(8, 1024, 4, 3), Tile(8, 1024, 4, 3), Tile(8, 1024, 2, 3), head)
     else:
-        tile = Tile(16, 2048, 4, 1)
-        tiles = Tiles(tile, tile, tile, tile, head)
-    return tiles.all_with(early=True)
+        tile = Tile(8, 1024, 2, 1)
+        tiles = Tiles(Tile(16, 1024, 4, 1), Tile(16, 2048, 8, 1), tile, tile, head)
+    return tiles.all_with(prefetch=512, early=True)
 
 
 def _one(dim: int, mib: float) -> Tiles:
