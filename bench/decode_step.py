@@ -44,6 +44,8 @@ def main(
     context: tuple[int, ...] | int = (128, 1024),
     layers: int = 0,
     check: bool = True,
+    quantization: str = "",
+    kv_cache_dtype: str = "",
 ) -> None:
     """Checks and times decode steps.
 
@@ -53,6 +55,8 @@ def main(
         batch, context: sequences and tokens of each; every pair is timed.
         layers: of the model; 0: all.
         check: compare two layers with float32 first.
+        quantization: of the blocks' weights, one of `SCHEMES`; empty: none.
+        kv_cache_dtype: "fp8", or empty.
     """
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
@@ -63,6 +67,7 @@ def main(
         raise SystemExit(f"--tp {tp} needs as many ranks: torchrun --nproc-per-node {tp} -m tpserve.bench.decode_step")
     batches, contexts = ((x,) if isinstance(x, int) else tuple(x) for x in (batch, context))
     figures: dict[str, float] = {}
+    kind = "-".join(word for word in (quantization, kv_cache_dtype and "kv_" + kv_cache_dtype) if word)
     ceilings = roofline.measure(device, "bfloat16")
     if check:
         for n in batches:
@@ -71,24 +76,35 @@ def main(
             figures |= {f"error_2_layers_b{n}": round(fused, 5), f"error_2_layers_b{n}_plain": round(plain, 5)}
             del setup
     most = max(n * c for n in batches for c in contexts if n * c <= MAX_TOKENS)
-    setup = Setup(model, group, device, layers=layers, batch=max(batches), context=max(contexts), tokens=most)
+    setup = Setup(
+        model, group, device, layers=layers, batch=max(batches), context=max(contexts), tokens=most,
+        quantization=quantization, kv_cache_dtype=kv_cache_dtype,
+    )  # fmt: skip
     for n in batches:
         for c in contexts:
             if n * c > MAX_TOKENS:
                 continue
             ms = setup.time_ms(n, c)
             name = f"b{n}_ctx{c}"
-            judged = roofline.judge(roofline.decode(setup.args, tp, n, c, 2), ceilings, ms)
+            work = roofline.decode(
+                setup.args, tp, n, c, 2, block_bytes=roofline.BLOCK_BYTES[quantization],
+                kv_bytes=1 if kv_cache_dtype else 2,
+            )  # fmt: skip
+            judged = roofline.judge(work, ceilings, ms)
             if group.rank == 0:
-                print(f"{model} TP{tp} {roofline.line(name, judged)}", flush=True)
+                print(f"{model} TP{tp} {kind} {roofline.line(name, judged)}", flush=True)
             figures |= {f"{name}_ms": round(ms, 3), f"{name}_of_floor": round(judged["share"], 3)}
     if group.rank == 0:
         gpu = torch.cuda.get_device_name(device).replace(" ", "-")
         lists = (",".join(map(str, values)) for values in (batches, contexts))
         start = "python" if tp == 1 else f"torchrun --nproc-per-node {tp}"
         flags = "--model {} --tp {} --batch {} --context {}".format(model, tp, *lists)
+        if quantization:
+            flags += f" --quantization {quantization}"
+        if kv_cache_dtype:
+            flags += f" --kv_cache_dtype {kv_cache_dtype}"
         command = f"{start} -m tpserve.bench.decode_step {flags}"
-        write_result(f"decode_step-{gpu}-{model}-tp{tp}", command, figures)
+        write_result(f"decode_step-{gpu}-{model}-tp{tp}" + (f"-{kind}" if kind else ""), command, figures)
     setup.decoder.close()
     if tp > 1:
         dist.destroy_process_group()

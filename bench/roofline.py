@@ -70,7 +70,20 @@ def _kv_bytes(args: ModelArgs, tokens: int, itemsize: int) -> int:
     return 2 * args.n_layers * tokens * args.n_kv_heads * args.head_dim * itemsize
 
 
-def decode(args: ModelArgs, tp: int, batch: int, context: int, itemsize: int) -> Work:
+# Bytes of a weight with fewer bits: of int8 and fp8 without the scale of a row, of int4 with those of 128 inputs.
+BLOCK_BYTES = {"": 2.0, "int8": 1.0, "fp8": 1.0, "int4": 0.5 + 8 / 128}
+
+
+def decode(
+    args: ModelArgs,
+    tp: int,
+    batch: int,
+    context: int,
+    itemsize: int,
+    *,
+    block_bytes: float | None = None,
+    kv_bytes: int | None = None,
+) -> Work:
     """One rank's part of a step that makes a token of each of `batch` sequences of `context` tokens.
 
     Args:
@@ -78,12 +91,15 @@ def decode(args: ModelArgs, tp: int, batch: int, context: int, itemsize: int) ->
         tp: ranks; each is taken to have the same part.
         batch, context: see above.
         itemsize: bytes of a weight and of an element of the KV cache.
+        block_bytes: of a weight of the blocks, scales included; None: `itemsize`.
+        kv_bytes: of an element of the KV cache; None: `itemsize`.
     """
-    weights = _layer_weights(args) + args.vocab_size * args.dim
+    blocks, head = _layer_weights(args), args.vocab_size * args.dim
     attention = 4 * args.n_layers * args.n_heads * args.head_dim * batch * context
+    weight_bytes = itemsize * head + (itemsize if block_bytes is None else block_bytes) * blocks
     return Work(
-        (itemsize * weights + _kv_bytes(args, batch * context, itemsize)) / tp,
-        (2 * batch * weights + attention) / tp,
+        (weight_bytes + _kv_bytes(args, batch * context, itemsize if kv_bytes is None else kv_bytes)) / tp,
+        (2 * batch * (blocks + head) + attention) / tp,
     )
 
 

@@ -28,6 +28,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 # are multiprocessors (132), not even that.
 _MANY = 256
 _ONE_EACH = range(96, 133)
+_FLOAT8_TILE = (64, 1, 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +65,7 @@ def _tiles(S: int, K: int, E: int, dtype: torch.dtype, cache: torch.dtype) -> tu
     if dtype == torch.float32:
         return 16, 4, 1
     if cache == torch.float8_e4m3fn and S * K >= _MANY:
-        return 64, 1, 2
+        return _FLOAT8_TILE
     if S * K in _ONE_EACH and E <= 128:
         return 128, 4, 3
     return (32, 1, 2) if S * K >= _MANY else (32, 2, 3)

@@ -83,8 +83,7 @@ def _fewer_bits(scheme: str) -> Tiles:
     elif scheme == "int8":
         tiles = Tiles(Tile(4, 512, 2, 3), Tile(8, 1024, 4, 3), Tile(8, 1024, 4, 3), Tile(8, 1024, 2, 3), head)
     else:
-        tile = Tile(8, 1024, 2, 1)
-        tiles = Tiles(Tile(16, 1024, 4, 1), Tile(16, 2048, 8, 1), tile, tile, head)
+        tiles = Tiles(Tile(16, 1024, 4, 1), Tile(16, 2048, 8, 1), Tile(8, 1024, 2, 1), Tile(8, 1024, 2, 1), head)
     return tiles.all_with(prefetch=512, early=True)
 
 
