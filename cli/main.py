@@ -7,6 +7,8 @@ from typing import Any
 
 import fire
 
+from tpserve.cli.chat import chat
+from tpserve.cli.run import run
 from tpserve.engine.errors import TpserveError
 
 _CONVERT_TEXTS = ("ckpt_dir", "out_dir", "tokenizer_path", "dtype", "format", "quantize")
@@ -200,6 +202,14 @@ def bench() -> None:
     raise AssertionError("`main` puts the commands themselves here: what they import takes a while")
 
 
+def evaluate() -> None:
+    """Judges: `tpserve eval summarize | perplexity`, each with --help, a table, and JSON results.
+
+    summarize: ROUGE of ours and of `transformers` on the same documents; perplexity: of a text, by window and stride.
+    """
+    raise AssertionError("`main` puts the commands themselves here: what they import takes a while")
+
+
 def torchserve(*arguments: str, **options: str) -> None:
     """TorchServe's own command, with Java found and an end that waits for running requests (--drain_timeout_s, 30).
 
@@ -234,9 +244,9 @@ def main() -> None:
 
     try:
         if sys.argv[1:2] == ["torchserve"] and not {"--help", "-h"} & set(sys.argv):
-            from tpserve.handler.torchserve_command import run
+            from tpserve.handler.torchserve_command import run as torchserve_run
 
-            sys.exit(run(sys.argv[2:]))
+            sys.exit(torchserve_run(sys.argv[2:]))
         commands: dict[str, Any] = {
             "convert": convert,
             "download": download,
@@ -249,6 +259,9 @@ def main() -> None:
             "node": node,
             "torchserve": torchserve,
             "bench": bench,
+            "eval": evaluate,
+            "run": run,
+            "chat": chat,
         }
         arguments = _join_repeated(sys.argv[1:], "api_key")
         if arguments[:1] == ["convert"]:
@@ -261,6 +274,10 @@ def main() -> None:
 
             arguments = with_joined_objectives(arguments)
             commands["bench"] = bench_commands(arguments[1:2])
+        if arguments[:1] == ["eval"]:
+            from tpserve.cli.eval import commands as eval_commands
+
+            commands["eval"] = eval_commands()
         fire.Fire(commands, arguments, name="tpserve")
     except (TpserveError, ConvertError, ModelArgsError, CheckpointError) as e:
         print(f"error: {e}", file=sys.stderr)

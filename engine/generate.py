@@ -20,7 +20,7 @@ import fire
 import msgspec
 
 from tpserve.engine.channel import LeaderChannel
-from tpserve.engine.config import EngineConfig, unknown_key
+from tpserve.engine.config import EngineConfig
 from tpserve.engine.core import EngineCore
 from tpserve.engine.errors import ConfigError, RequestError
 from tpserve.engine.group import build_core, choose_device, process_group
@@ -29,8 +29,9 @@ from tpserve.engine.limits import check_room, check_sequences, check_vocabulary
 from tpserve.engine.loop import follow, lead
 from tpserve.engine.meeting import follower_channel, leader_channel
 from tpserve.engine.offline import OfflineFrontend, error_result, read_jsonl
+from tpserve.engine.options import split_options
 from tpserve.engine.requests import GenerateRequest, RequestReader
-from tpserve.engine.sampling_fields import ALIASES, SAMPLING_FIELDS, Vocabulary, sampling_params
+from tpserve.engine.sampling_fields import Vocabulary, sampling_params
 from tpserve.engine.sampling_params import SamplingParams
 from tpserve.engine.text.chat_template import default_template
 from tpserve.engine.text.load import checkpoint_tokenizer
@@ -62,21 +63,12 @@ def read_job(checkpoint: str, prompts: str, out: str, options: dict[str, Any]) -
         ConfigError, RequestError: an option that nobody knows, or that holds what it may not.
         CheckpointError, TokenizerError: there is no checkpoint in that folder.
     """
-    engine: dict[str, Any] = {"tensor_parallel_size": int(os.environ.get("WORLD_SIZE", "1"))}
-    sampling: dict[str, Any] = {}
-    known = (*SAMPLING_FIELDS, *EngineConfig.field_names())
-    for name, value in options.items():
-        if name in EngineConfig.field_names():
-            engine[name] = value
-        elif name in SAMPLING_FIELDS or name in ALIASES:
-            sampling[name] = list(value) if isinstance(value, tuple) else value  # fire reads `5,6` as a tuple
-        else:
-            raise ConfigError(unknown_key(name, known))
-    config = EngineConfig.from_dict({"checkpoint_dir": checkpoint, **engine})
+    engine, sampling = split_options(options)
+    ranks = {"tensor_parallel_size": int(os.environ.get("WORLD_SIZE", "1"))}
+    config = EngineConfig.from_dict({"checkpoint_dir": checkpoint, **ranks, **engine})
     folder = Path(checkpoint)
     vocabulary = Vocabulary(checkpoint_tokenizer(folder, encodes=False), describe_checkpoint(folder).args.vocab_size)
-    given = {name: value for name, value in sampling.items() if value is not None}
-    return Job(Path(prompts), Path(out), sampling_params(given, SamplingParams(), vocabulary), config)
+    return Job(Path(prompts), Path(out), sampling_params(sampling, SamplingParams(), vocabulary), config)
 
 
 def run_batch(job: Job) -> int:

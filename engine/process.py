@@ -15,6 +15,7 @@ from pathlib import Path
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 LAUNCHER_PID = "TPSERVE_LAUNCHER_PID"  # set by `launch`: the pid that a rank's parent must have
+LOG_LEVEL = "TPSERVE_LOG_LEVEL"  # of ranks: INFO, WARNING, …
 
 # What torchrun tells its children; a group started from inside another one must not inherit it.
 _TORCHRUN_VARIABLES = (

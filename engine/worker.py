@@ -20,7 +20,7 @@ from tpserve.engine.group import build_core, choose_device, process_group
 from tpserve.engine.loop import follow, lead
 from tpserve.engine.meeting import follower_channel, leader_channel
 from tpserve.engine.preload import preload
-from tpserve.engine.process import LAUNCHER_PID, die_with_parent
+from tpserve.engine.process import LAUNCHER_PID, LOG_LEVEL, die_with_parent
 from tpserve.engine.protocol import Event, Failed, Outputs, Ready, Reply
 from tpserve.engine.supervisor import wait_for_go
 from tpserve.engine.weights import checkpoint_fingerprint
@@ -72,7 +72,8 @@ def main(folder: Path, build: Callable[[EngineConfig, torch.device, TensorParall
         build: makes the rank's engine.
     """
     rank = int(os.environ.get("RANK", "0"))
-    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s rank {rank} %(levelname)s %(message)s")
+    level = os.environ.get(LOG_LEVEL, "INFO")
+    logging.basicConfig(level=level, format=f"%(asctime)s rank {rank} %(levelname)s %(message)s")
     die_with_parent(int(os.environ[LAUNCHER_PID]))
     config = msgspec.json.decode((folder / "config.json").read_bytes(), type=EngineConfig)
     if not wait_for_go(folder, lambda: preload(config)):
