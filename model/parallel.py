@@ -8,7 +8,6 @@ a small matrix product (120-160 microseconds a linear), and it cannot deal out e
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import torch
 import torch.distributed as dist
@@ -18,10 +17,8 @@ from tpserve.model.args import ModelArgs
 from tpserve.model.llama import Llama
 from tpserve.model.plan import chunk_bounds, shares
 
-# torch 2.13 gave them these names and deprecated the old ones, which 2.11 has.
-all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-BACKGROUND_CTAS = 8  # of 132 multiprocessors: a third of the links' rate, more than hiding behind products needs
+# torch 2.13 gave it this name and deprecated the old one, which 2.11 has.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,20 +56,8 @@ class TensorParallel:
         n = logits_NV.shape[0]
         own = nn.functional.pad(logits_NV, (0, share - logits_NV.shape[1])).contiguous()
         joined = own.new_empty(self.size * n, share)
-        all_gather(joined, own, group=self.group)
+        _all_gather(joined, own, group=self.group)
         return joined.view(self.size, n, share).transpose(0, 1).reshape(n, self.size * share)[:, :vocab_size]
-
-
-@functools.cache
-def background_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """The same ranks, by an NCCL communicator that leaves most of each device to what computes beside it.
-
-    A collective: all ranks ask for it at the same point.
-    """
-    options = dist.ProcessGroupNCCL.Options()
-    options.config.max_ctas = BACKGROUND_CTAS
-    made: dist.ProcessGroup = dist.new_group(dist.get_process_group_ranks(group), backend="nccl", pg_options=options)
-    return made
 
 
 def num_kv_heads(args: ModelArgs, tp: TensorParallel) -> int:

@@ -28,7 +28,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 # are multiprocessors (132), not even that.
 _MANY = 256
 _ONE_EACH = range(96, 133)
-_FLOAT8_TILE = (64, 1, 2)
+_FLOAT8_TILE = (32, 1, 3)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,13 +26,7 @@ def _add_norm_kernel(
     tl.store(x_ptr + row * D + d, (residual * scale * gain).to(x_ptr.dtype.element_ty), mask=mask)
 
 
-def add_norm(
-    y_TD: torch.Tensor | None,
-    residual_TD: torch.Tensor,
-    gain_D: torch.Tensor,
-    eps: float,
-    out_TD: torch.Tensor | None = None,
-) -> torch.Tensor:
+def add_norm(y_TD: torch.Tensor | None, residual_TD: torch.Tensor, gain_D: torch.Tensor, eps: float) -> torch.Tensor:
     """residual += y, in place; returns RMSNorm(residual) in the gain's type.
 
     Args:
@@ -40,10 +34,9 @@ def add_norm(
         residual_TD: float32, contiguous.
         gain_D: of the norm.
         eps: of the norm.
-        out_TD: what is returned, contiguous; None: new memory.
     """
     t, d = residual_TD.shape
-    x_TD = torch.empty(t, d, dtype=gain_D.dtype, device=gain_D.device) if out_TD is None else out_TD
+    x_TD = torch.empty(t, d, dtype=gain_D.dtype, device=gain_D.device)
     _add_norm_kernel[(t,)](
         residual_TD if y_TD is None else y_TD, residual_TD, gain_D, x_TD,
         D=d, DP=triton.next_power_of_2(d), EPS=eps, ADD=y_TD is not None, num_warps=8,

@@ -81,9 +81,9 @@ def _fewer_bits(scheme: str) -> Tiles:
     if scheme == "fp8":
         tiles = Tiles(Tile(4, 512, 2, 3), Tile(8, 1024, 4, 3), Tile(4, 4096, 4, 3), Tile(16, 1024, 4, 3), head)
     elif scheme == "int8":
-        tiles = Tiles(Tile(4, 512, 2, 3), Tile(8, 1024, 4, 3), Tile(8, 1024, 4, 3), Tile(8, 1024, 2, 3), head)
+        tiles = Tiles(Tile(4, 1024, 2, 3), Tile(4, 1024, 2, 3), Tile(4, 1024, 2, 3), Tile(8, 1024, 2, 3), head)
     else:
-        tiles = Tiles(Tile(16, 1024, 4, 1), Tile(16, 2048, 8, 1), Tile(8, 1024, 2, 1), Tile(8, 1024, 2, 1), head)
+        tiles = Tiles(Tile(8, 512, 1, 1), Tile(16, 2048, 8, 1), Tile(8, 1024, 1, 3), Tile(16, 1024, 4, 1), head)
     return tiles.all_with(prefetch=512, early=True)
 
 

@@ -269,7 +269,7 @@ def rank_main() -> None:
             dist.all_gather(every, logits)
             assert all(torch.equal(other, logits) for other in every), f"{n} sequences: the ranks differ"
         soak(setup, tp, int(os.environ.get("TPSERVE_SOAK_EXCHANGES", "20000")))
-        # Sums in memory that all ranks reach; halves that take turns, a chunk on both sides of the cut.
+        # Sums in memory that all ranks reach, and by NCCL.
         mixed = [MixedStep(setup, tp, chunks) for chunks in (10, 64)]
         check_logits(setup, [1, 3, 8, 20, 50, 70])
         for step in mixed:
