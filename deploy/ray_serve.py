@@ -292,7 +292,8 @@ def main(arguments: list[str]) -> None:
     num_cpus = args.pop("num_cpus", None)
     application = app(args)
     stopped: list[int] = []
-    # Nothing of a Ray of our own can be reached from elsewhere.
+    # A Ray of our own need not be reached from elsewhere. It has been seen to take the machine's address all the same:
+    # Ray's own ports have no keys, so a firewall must keep strangers away from them.
     own = {} if "RAY_ADDRESS" in os.environ else {"_node_ip_address": "127.0.0.1", "include_dashboard": False}
     ray.init(num_cpus=None if num_cpus is None else int(num_cpus), **own)
     for number in (signal.SIGTERM, signal.SIGINT):  # here: Ray has handlers of its own by now
