@@ -187,6 +187,8 @@ def _theirs(
     checkpoint: Path, prompt_ids: Sequence[Sequence[int]], dtype: str, device: str, threads: int, new: int,
     ends: Sequence[int],
 ) -> Side:  # fmt: skip
+    # Before torch is loaded: threads that spin while another process has their core take forty times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from tpserve.bench.eval_transformers import Transformers
 
     with tempfile.TemporaryDirectory(prefix="tpserve-eval-") as folder:

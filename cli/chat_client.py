@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 Message = dict[str, Any]
 _TIMEOUT_S = 600.0  # between two reads: a long prompt takes its time
 _ERROR_CHARS = 600
+# The engine's names where OpenAI's protocol, or vLLM's extension of it, has others: a server passes over what it does
+# not know.
+_IN_PROTOCOL = {"max_new_tokens": "max_tokens", "len_penalty": "length_penalty"}
 
 
 @dataclasses.dataclass
@@ -114,8 +117,10 @@ class ServerChat:
         if api_key:
             self._headers["Authorization"] = f"Bearer {api_key}"
         if not model:
+            with self._open("models", None) as response:
+                listed = response.read()
             try:
-                model = json.loads(self._open("models", None).read())["data"][0]["id"]
+                model = json.loads(listed)["data"][0]["id"]
             except (ValueError, KeyError, IndexError, TypeError) as e:
                 raise ConfigError(f"{self._base}/models lists no model: {e!r}") from None
         self._model = model
@@ -123,8 +128,12 @@ class ServerChat:
 
     def answer(self, messages: list[Message], sampling: dict[str, Any], figures: Figures) -> Generator[str, None, None]:
         """See `ChatClient`."""
+        from tpserve.engine.sampling_fields import ALIASES
+
+        names = {name: ALIASES.get(name, name) for name in sampling}
+        told = {_IN_PROTOCOL.get(names[name], names[name]): value for name, value in sampling.items()}
         body = {"model": self._model, "messages": messages, "stream": True, "stream_options": {"include_usage": True}}
-        with self._open("chat/completions", json.dumps(body | sampling).encode()) as response:
+        with self._open("chat/completions", json.dumps(body | told).encode()) as response:
             for line in response:
                 if not line.startswith(b"data:"):
                     continue

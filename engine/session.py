@@ -136,18 +136,21 @@ class Session:
         return self.client.info
 
     def __enter__(self) -> Session:
+        self._quietened = LOG_LEVEL not in os.environ
         os.environ.setdefault(LOG_LEVEL, "WARNING")  # the terminal is for answers
         name = Path(self.client.config.checkpoint_dir).name
         with _waiting(f"loading {name}, TP {self.client.config.tensor_parallel_size}", self._progress):
             try:
                 self.client.start()
             except BaseException:  # such as Ctrl-C, while a large checkpoint loads
-                self.client.close()
+                self.__exit__()
                 raise
         return self
 
     def __exit__(self, *_: object) -> None:
         self.client.close()
+        if self._quietened:
+            os.environ.pop(LOG_LEVEL, None)
 
     def read(self, given: Mapping[str, Any]) -> GenerateRequest:
         """A request of any of `requests.KNOWN_FIELDS`.
