@@ -282,6 +282,8 @@ def main() -> None:
     except (TpserveError, ConvertError, ModelArgsError, CheckpointError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)  # as shells say of SIGINT
 
 
 if __name__ == "__main__":

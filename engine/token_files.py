@@ -67,7 +67,7 @@ def write_npy(path: Path, rows: Sequence[Sequence[int]], pad_id: int) -> None:
     for i, row in enumerate(rows):
         padded[i, : len(row)] = row
     with path.open("wb") as file:  # `np.save` would put another suffix behind the user's
-        np.save(file, padded, allow_pickle=False)
+        np.save(file, padded)
 
 
 def _read_csv(path: Path) -> list[dict[str, Any]]:
@@ -85,7 +85,7 @@ def _read_csv(path: Path) -> list[dict[str, Any]]:
 
 def _read_npy(path: Path, pad_ids: frozenset[int]) -> list[dict[str, Any]]:
     try:
-        rows = np.load(path, allow_pickle=False)
+        rows = np.load(path)  # objects, which would be pickles, are refused unless they are asked for
     except (ValueError, EOFError) as e:
         raise ConfigError(f"{path} is no array of numbers: {e}") from None
     if not isinstance(rows, np.ndarray) or rows.dtype.kind not in "iu" or rows.ndim not in (1, 2):

@@ -109,7 +109,7 @@ def test_lines(capsys: pytest.CaptureFixture[str]) -> None:
     assert left == ["never"]
 
 
-def test_a_server_answers_as_an_engine_of_ones_own(demo: Path) -> None:
+def test_a_server_answers_as_an_engine_of_ones_own(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the same template, with the same words; a stream that is given up is nobody's any more."""
     messages: list[Message] = [
         {"role": "system", "content": "You tell fairy tales."},
@@ -135,6 +135,7 @@ def test_a_server_answers_as_an_engine_of_ones_own(demo: Path) -> None:
         list(client.answer(messages, sampling, figures))
     with pytest.raises(ConfigError, match="is no URL"):
         ServerChat("127.0.0.1:80")
+    monkeypatch.delenv("TPSERVE_LOG_LEVEL", raising=False)
     config = EngineConfig(checkpoint_dir=str(demo), device="cpu", standby=False, max_seq_len=512)
     with Session(config, progress=False) as session:
         local = LocalChat(session)
