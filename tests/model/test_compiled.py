@@ -106,7 +106,7 @@ def test_it_computes_what_the_plain_network_computes(dtype: torch.dtype) -> None
 def test_it_is_chosen_where_it_pays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the engine says the same with it, alone and in company."""
     monkeypatch.setattr(network, "WORTH_COMPILING_BYTES", 0)
-    config = EngineConfig(checkpoint_dir=str(converted(tmp_path)), device="cpu", max_seq_len=128)
+    config = EngineConfig(checkpoint_dir=str(converted(tmp_path)), device="cpu", max_seq_len=128, self_test=False)
 
     def serve(fused: bool) -> tuple[Network, list[list[int]]]:
         engine = LocalEngine(with_(config, fused_kernels=fused))

@@ -54,7 +54,7 @@ def test_unknown_fronts_are_named(tmp_path: Path) -> None:
         demo_chat.run(2, "nginx")
 
 
-@pytest.mark.slow
+@pytest.mark.faults  # none, but as long: by `make test-faults`
 def test_the_capital_of_france(capsys: pytest.CaptureFixture[str]) -> None:
     """SmolLM2-135M-Instruct, whose 9 heads two ranks do not divide; 94 MB, fetched once into the user's cache."""
     try:

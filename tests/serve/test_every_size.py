@@ -1,8 +1,8 @@
 """Meta's reference implementation, token for token, through `tpserve serve` at every tensor-parallel size up to 8.
 
 stories260K has 8 heads over 4 key/value heads and 172 feed-forward columns: 3, 5, 6 and 7 divide none of them, and 8
-ranks share the key/value heads. `make test` sees the beginning of every answer at three sizes (and all of it at 1, 2
-and 4 through TorchServe: `tests/torchserve`), `make test-faults` all of it at all of them.
+ranks share the key/value heads. `make test` sees the beginning of every answer at 3 (and all of it at 1, 2 and 4
+through TorchServe: `tests/torchserve`), `make test-faults` all of it at all of them.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def completions(served: Served, most_tokens: int) -> None:
         assert answer["logprobs"] == pytest.approx(one["logprobs"][:n], abs=2e-3)
 
 
-@pytest.mark.parametrize("sized", [3, 5, 8], indirect=True)
+@pytest.mark.parametrize("sized", [3], indirect=True)
 def test_every_answer_begins_as_the_references(sized: Served) -> None:
     completions(sized, BEGINNING_TOKENS)
 
