@@ -6,10 +6,26 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 _SHARING = ("torchserve", "serve", "faults")  # their tests share servers
+# What takes minutes goes first, so that what takes seconds fills the end.
+_LONG = (
+    "torchserve/", "faults/", "serve/", "engine/test_restart", "distributed/", "engine/test_generate",
+    "engine/test_client", "machines/", "engine/test_re", "engine/test_controls", "engine/test_guided", "bench/", "cli/",
+    "engine/", "convert/",
+)  # fmt: skip
 
 # Examples share two cores with rank groups: how long one takes says nothing about the code.
 settings.register_profile("tpserve", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("tpserve")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("numprocesses", default=None):
+        items.sort(key=lambda item: _place(item.nodeid))
+
+
+def _place(nodeid: str) -> int:
+    path = nodeid.partition("/")[2]
+    return next((i for i, begin in enumerate(_LONG) if path.startswith(begin)), len(_LONG))
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -23,4 +39,5 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             folder = path.split("/")[1]
             return folder if folder in _SHARING else path
 
+    config.option.loadscopereorder = False  # by the number of tests
     return ByFixtures(config, log)

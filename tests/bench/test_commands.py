@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.data import DEMO_CHECKPOINT
+from tests.helpers.stories import converted
 from tpserve.cli.bench import with_joined_objectives
 from tpserve.convert.convert import convert
 
@@ -30,17 +31,18 @@ def test_objectives_are_one_value() -> None:
     assert with_joined_objectives(["--url", "a:1", "b:2"]) == ["--url", "a:1", "b:2"]
 
 
-def test_latency_beside_a_peer(tmp_path: Path) -> None:
+def test_latency_of_the_demo_model_beside_a_peer(tmp_path: Path) -> None:
+    checkpoint = str(convert(DEMO_CHECKPOINT, tmp_path / "demo", progress=False))
     peer = tmp_path / "peer.py"
     peer.write_text(
         "import json, os, sys\n"
         "rows = [['lat', b, n, 4, 1000.0, 100.0, 10.0] for b in (1, 2) for n in (8,)]\n"
-        "assert sys.argv[1:] == ['tiny', '1', '1,2', '8', '']\n"
+        f"assert sys.argv[1:] == [{checkpoint!r}, '1', '1,2', '8', '']\n"
         "json.dump(rows, open(os.environ['OUT'] + '/rows.json', 'w'))\n"
     )
     out = bench(
-        "latency", "tiny", "--batch", "1,2", "--input_len", "8", "--output_len", "4", "--device", "cpu", "--pairs", "1",
-        "--out", str(tmp_path / "o.json"), "--against",
+        "latency", checkpoint, "--batch", "1,2", "--input_len", "8", "--output_len", "4", "--device", "cpu",
+        "--pairs", "1", "--out", str(tmp_path / "o.json"), "--against",
         f"{sys.executable} {peer} {{model}} {{tp}} {{batches}} {{prompts}} '{{requests}}'",
     )  # fmt: skip
     figures = json.loads((tmp_path / "o.json").read_text())["figures"]
@@ -53,10 +55,10 @@ def test_latency_beside_a_peer(tmp_path: Path) -> None:
     assert "roofline, a step:" in out
 
 
-def test_throughput(tmp_path: Path) -> None:
+def test_throughput_of_stories260k(tmp_path: Path) -> None:
     out = bench(
-        "throughput", "tiny", "--requests", "3", "--input_len", "8", "--output_len", "4", "--device", "cpu",
-        "--out", str(tmp_path / "o.json"), "--max_num_seqs", "4",
+        "throughput", str(converted(tmp_path)), "--requests", "3", "--input_len", "8", "--output_len", "4",
+        "--device", "cpu", "--out", str(tmp_path / "o.json"), "--max_num_seqs", "4",
     )  # fmt: skip
     (row,) = json.loads((tmp_path / "o.json").read_text())["figures"]["rows"]
     assert row["tokens_per_s"] > 1
