@@ -20,9 +20,9 @@ demo: install
 demo-chat: install
 	$(BIN)/tpserve demo_chat --tensor_parallel_size $(or $(TP),2) --front $(or $(FRONT),torchserve)
 
-# Two at a time: half of the suite's time is waiting for processes to start.
+# Three at a time, also on two cores: half of the suite's time is waiting for processes.
 test: install
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 3
 
 # Every fault on both fronts (`make test` has a few of them), every TP size up to 8, and `demo-chat`; `soak`: half an hour of faults,
 # FRONT=torchserve, MINUTES=10.
