@@ -161,7 +161,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(demo: Path, tmp_path: Path)
     command = [*TPSERVE, "chat", "--checkpoint", str(demo), "--tp", "2", "--device", "cpu", "--ignore_eos"]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True, env=ENV,
-        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # jobs in the background ignore it
     )  # fmt: skip
     assert process.stdin is not None
     assert process.stdout is not None
