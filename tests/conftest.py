@@ -5,7 +5,9 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
-_SHARING = ("torchserve", "serve", "faults")  # their tests share servers
+# Files of one folder whose tests share a server.
+_SHARING = {"torchserve": ("test_contract.py", "test_serving.py", "test_stop.py"),
+            "serve": ("test_contract.py", "test_examples.py", "test_serve.py")}  # fmt: skip
 # What takes minutes goes first, so that what takes seconds fills the end.
 _LONG = (
     "torchserve/", "faults/", "serve/", "engine/test_restart", "distributed/", "engine/test_generate",
@@ -30,14 +32,14 @@ def _place(nodeid: str) -> int:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With several processes (`-n`), what shares a fixture is run by one of them: a file, or a folder with servers."""
+    """With several processes (`-n`), what shares a fixture is run by one of them: a file, or `_SHARING`."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFixtures(LoadScopeScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
             path = nodeid.partition("::")[0]
-            folder = path.split("/")[1]
-            return folder if folder in _SHARING else path
+            folder, file = path.split("/")[1], path.split("/")[-1]
+            return folder if file in _SHARING.get(folder, ()) else path
 
     config.option.loadscopereorder = False  # by the number of tests
     return ByFixtures(config, log)

@@ -116,8 +116,8 @@ def _one_row(
 def widened(w):
     """Weights in float32.
 
-    Converting integers has an eighth of the rate of other instructions. A byte b below the exponent of 2^23 is
-    2^23 + b, by one permutation of bytes; 2^23 + 128 taken off leaves q = b - 128, exactly.
+    Integers are not converted, which few of the processor's lanes can do at a time. A byte b below the exponent of 2^23
+    is 2^23 + b, by one permutation of bytes; 2^23 + 128 taken off leaves q = b - 128, exactly.
     """
     if w.dtype == tl.int8:
         w = tl.inline_asm_elementwise(
