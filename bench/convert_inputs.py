@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from tpserve.bench.cpu import write_shape
 from tpserve.convert.convert import convert
 from tpserve.convert.hf_config import hf_name
 from tpserve.convert.hf_source import RotatedTensor, open_hf
@@ -122,15 +123,7 @@ def _write_gguf(path: Path, args: ModelArgs) -> None:
 
     rng: Any = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, "llama", use_temp_file=True)
-    writer.add_context_length(2048)
-    writer.add_embedding_length(args.dim)
-    writer.add_block_count(args.n_layers)
-    writer.add_feed_forward_length(args.ffn_hidden_dim)
-    writer.add_head_count(args.n_heads)
-    writer.add_head_count_kv(args.n_kv_heads)
-    writer.add_layer_norm_rms_eps(args.norm_eps)
-    writer.add_rope_dimension_count(args.head_dim)
-    writer.add_vocab_size(args.vocab_size)
+    write_shape(writer, args)
     for name in parameter_names(args.n_layers):
         shape = global_shape(name, args)
         if len(shape) == 1:

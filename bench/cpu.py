@@ -27,6 +27,19 @@ from tpserve.model.args import ModelArgs
 _PROMPT, _SHORT = 128, 8
 
 
+def write_shape(writer: Any, args: ModelArgs) -> None:
+    """What a GGUF file says of a network's shape; `writer` is a `gguf.GGUFWriter`."""
+    writer.add_context_length(2048)
+    writer.add_embedding_length(args.dim)
+    writer.add_block_count(args.n_layers)
+    writer.add_feed_forward_length(args.ffn_hidden_dim)
+    writer.add_head_count(args.n_heads)
+    writer.add_head_count_kv(args.n_kv_heads)
+    writer.add_layer_norm_rms_eps(args.norm_eps)
+    writer.add_rope_dimension_count(args.head_dim)
+    writer.add_vocab_size(args.vocab_size)
+
+
 def write_gguf(path: Path, args: ModelArgs, dtype: str) -> None:
     """Random weights as llama.cpp reads them.
 
@@ -39,15 +52,7 @@ def write_gguf(path: Path, args: ModelArgs, dtype: str) -> None:
 
     rng = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(2048)
-    writer.add_embedding_length(args.dim)
-    writer.add_block_count(args.n_layers)
-    writer.add_feed_forward_length(args.ffn_hidden_dim)
-    writer.add_head_count(args.n_heads)
-    writer.add_head_count_kv(args.n_kv_heads)
-    writer.add_layer_norm_rms_eps(args.norm_eps)
-    writer.add_rope_dimension_count(args.head_dim)
-    writer.add_vocab_size(args.vocab_size)
+    write_shape(writer, args)
     writer.add_tokenizer_model("llama")
     writer.add_token_list([f"token{i}".encode() for i in range(args.vocab_size)])
     writer.add_token_scores([0.0] * args.vocab_size)
