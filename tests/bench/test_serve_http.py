@@ -34,9 +34,9 @@ def test_times_are_those_of_the_server() -> None:
         (answer,) = ask(server)
     assert (answer.error, answer.prompt_tokens, answer.output_tokens, len(answer.heard_s)) == ("", 3, 6, 6)
     first_s, last_s = answer.heard_s[0] - answer.due_s, answer.ended_s - answer.due_s
-    # Never sooner; later by what a loaded machine takes.
+    # Never sooner than the server says them (its moments wait for nobody); later by what a loaded machine takes.
     assert 0.199 < first_s < 1
-    assert first_s + 0.249 < last_s < first_s + 1
+    assert 0.449 < last_s < first_s + 1
     assert server.headers[-1]["authorization"] == "Bearer key"
 
 
