@@ -7,22 +7,25 @@ CPU_TORCH="torch==2.13.0+cpu"
 
 [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
 PIP="$VENV/bin/python -m pip --disable-pip-version-check -q"
+INSTALL="$PIP install --no-compile"   # everything is compiled at the end, on all cores
 if ! "$VENV/bin/python" -c "import torch" 2>/dev/null; then
     if command -v nvidia-smi >/dev/null 2>&1; then
-        $PIP install "torch>=2.11,<2.15"
+        $INSTALL "torch>=2.11,<2.15"
     elif [ "$(uname -s)" = Darwin ]; then
-        $PIP install "torch==2.13.0"   # its only build there
+        $INSTALL "torch==2.13.0"   # its only build there
     else
         # A wheel that pip finds by itself, or PyTorch's own index of CPU builds.
-        $PIP install --no-deps "$CPU_TORCH" 2>/dev/null ||
-            $PIP install --no-deps --index-url https://download.pytorch.org/whl/cpu "$CPU_TORCH"
-        $PIP install "torch==2.13.0"   # its dependencies; the build stays
+        $INSTALL --no-deps "$CPU_TORCH" 2>/dev/null ||
+            $INSTALL --no-deps --index-url https://download.pytorch.org/whl/cpu "$CPU_TORCH"
+        $INSTALL "torch==2.13.0"   # its dependencies; the build stays
     fi
 fi
 # fairscale has no wheel, and in an isolated build it would pull a torch of its own.
-$PIP install "setuptools>=78.1.1" wheel "numpy>=1.26"
-$PIP install --no-build-isolation "fairscale==0.4.13"
-$PIP install --no-build-isolation -e ".[serve,dev]"
+$INSTALL "setuptools>=78.1.1" wheel "numpy>=1.26"
+$INSTALL --no-build-isolation "fairscale==0.4.13"
+$INSTALL --no-build-isolation -e ".[serve,dev]"
+# Some packages hold templates that are no Python: what does not compile does not matter.
+"$VENV/bin/python" -m compileall -q -j 0 "$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" >/dev/null 2>&1 || true
 "$VENV/bin/python" - <<'PY'
 import torch
 print(f"installed: torch {torch.__version__}, CUDA {torch.cuda.is_available()}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -37,18 +38,19 @@ def tiny_checkpoint(folder: Path) -> Path:
 @pytest.fixture(scope="session")
 def server(folder: Path, tiny_checkpoint: Path) -> Iterator[Server]:
     """Ours: a `.mar`, continuous batching, TP 2."""
-    content = yaml.safe_load(default_config(dim=32).read_text())
-    content["handler"] |= {
-        "mode": "chat",
-        "max_batch_size": 16,
-        "max_num_waiting": 24,
-        "max_new_tokens": 480,
-        "standby": False,
-    }
-    config = folder / "server.yaml"
-    config.write_text(yaml.safe_dump(content))
+    config = written_config(
+        folder / "server.yaml", mode="chat", max_batch_size=16, max_num_waiting=24, max_new_tokens=480
+    )
     made = archive(tiny_checkpoint, config=config, export_path=folder / "store")
     yield from running(Server(folder / "store", [made.models]))
+
+
+def written_config(path: Path, dim: int = 32, **handler: Any) -> Path:
+    """The default configuration for a width, with changes. No standby group: two cores are busy enough."""
+    content = yaml.safe_load(default_config(dim).read_text())
+    content["handler"] |= {"standby": False, **handler}
+    path.write_text(yaml.safe_dump(content))
+    return path
 
 
 def running(server: Server, clean_log: bool = True) -> Iterator[Server]:

@@ -15,7 +15,7 @@ from tests.helpers.foreign import hf_config, hf_weights, write_gguf, write_hf
 from tests.helpers.plain import PlainLlama, Tally, check, log_softmax
 from tests.helpers.shards import random_weights
 from tests.text.byte_level import llama3_json, write_folder
-from tests.torchserve.conftest import running
+from tests.torchserve.conftest import running, written_config
 from tests.torchserve.server import Server
 from tpserve.engine.sampling_params import SamplingParams
 from tpserve.handler.archive import archive
@@ -78,9 +78,9 @@ def write_quantised(path: Path, weights: dict[str, Tensor], tokenizer_json: dict
 
 @pytest.fixture(scope="module")
 def server(folder: Path, models: dict[str, dict[str, Tensor]]) -> Iterator[Server]:
-    store = folder / "foreign-store"
+    store, config = folder / "foreign-store", written_config(folder / "foreign.yaml", dim=PARAMS["dim"])
     for name, path in (("hf", folder / "hf"), ("gguf", folder / "tiny.Q8_0.gguf")):
-        archive(path, model_name=name, export_path=store, tensor_parallel_size=2)
+        archive(path, config, name, export_path=store, tensor_parallel_size=2)
     yield from running(Server(store, [f"{name}.mar" for name in models]))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.torchserve.conftest import SHARED, running
+from tests.torchserve.conftest import SHARED, running, written_config
 from tests.torchserve.server import Server
 from tpserve.convert.convert import convert
 from tpserve.engine.text.load import load_tokenizer
@@ -33,10 +33,10 @@ def checkpoints(folder: Path) -> dict[int, Path]:
 
 @pytest.fixture(scope="module")
 def stories(folder: Path, checkpoints: dict[int, Path]) -> Iterator[Server]:
-    store = folder / "stories-store"
+    store, config = folder / "stories-store", written_config(folder / "stories.yaml", dim=64)
     for mp, tp in MP_TO_TP.items():
         archive(
-            checkpoints[mp], model_name=f"tp{tp}", export_path=store, archive_format="no-archive",
+            checkpoints[mp], config, f"tp{tp}", export_path=store, archive_format="no-archive",
             tensor_parallel_size=tp,
         )  # fmt: skip
     yield from running(Server(store, [f"tp{tp}" for tp in MP_TO_TP.values()]))
