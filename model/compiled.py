@@ -3,22 +3,24 @@ head.
 
 Such a step is bound by reading the weights. torch's own product of one row with a matrix reads them with one thread;
 the same product written as a sum becomes a vectorised loop over the matrix' rows, shared among threads, at the memory's
-speed. What stands between two products is merged into such loops. With more sequences torch's products are as good.
+speed. What stands between two products is merged into such loops; matrices that read the same input are one
+(`huge_pages.stacked`). With more sequences torch's products are as good.
 
 Shape suffixes: D residual width, O outputs, H query heads and K key/value heads, G = H / K, E head width, C = E / 2,
-B blocks of the sequence, L = B · S positions in them, S tokens of a block, M blocks of the cache, V vocabulary.
+B blocks of the sequence, L slots in them, P positions of the rotary table, F feed-forward width, V vocabulary.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 
+from tpserve.model.huge_pages import stacked
 from tpserve.model.kv_cache import PagedKVCache
 from tpserve.model.llama import Llama, TransformerBlock
 
@@ -27,14 +29,64 @@ _OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
     "size_asserts": False,
     "alignment_asserts": False,
     "scalar_asserts": False,
+    "cpp_wrapper": True,  # what stands around the loops takes as long in Python as one of them
 }
+
+
+class _Compiled:
+    """A function that is called without torch.compile's checks, once it is compiled: a step has no time for them.
+
+    Args:
+        function: of tensors and numbers.
+        dynamic: (argument, dimension) of the sizes that may change; the others and all numbers stay what they were.
+    """
+
+    def __init__(self, function: Callable[..., Any], dynamic: Sequence[tuple[int, int]] = ()) -> None:
+        self._function, self._dynamic = function, dynamic
+        self._call: Callable[..., Any] | None = None
+        self._sources: list[int | tuple[int, int]] = []  # of the compiled function's arguments: ours, or a size of ours
+
+    def compile(self, *args: Any) -> Any:
+        """Compiles for such arguments, and calls it.
+
+        Args:
+            args: none of them twice; dynamic sizes are neither one nor, where they may differ, equal.
+
+        Raises:
+            RuntimeError: the compiler failed.
+        """
+        sizes = {args[i].shape[dim]: (i, dim) for i, dim in reversed(self._dynamic)}
+        for i, dim in self._dynamic:
+            torch._dynamo.mark_dynamic(args[i], dim)
+
+        def compiler(graph: torch.fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
+            call = torch._inductor.compile(graph, examples, options=_OPTIONS)
+
+            def first_call(*given: Any) -> Any:
+                at = {id(arg): i for i, arg in enumerate(args)}
+                try:
+                    self._sources = [sizes[value] if isinstance(value, int) else at[id(value)] for value in given]
+                except KeyError:
+                    raise RuntimeError("the compiled function takes something else than it was given") from None
+                self._call = call
+                return call(*given)
+
+            return first_call
+
+        return torch.compile(self._function, fullgraph=True, dynamic=False, backend=compiler)(*args)
+
+    def __call__(self, *args: Any) -> Any:
+        """As the function."""
+        assert self._call is not None, "compile comes first"
+        result = self._call(*[args[at] if isinstance(at, int) else args[at[0]].shape[at[1]] for at in self._sources])
+        return result[0] if len(result) == 1 else result
 
 
 class CompiledDecoder:
     """One token of one sequence.
 
     Args:
-        model: on the CPU; `supports` says yes to it.
+        model: on the CPU, `consolidate`d; `supports` says yes to it.
         cache: where keys and values live.
         tokens_RL, tables_RB: int64, the rows' tokens and block tables.
 
@@ -45,18 +97,26 @@ class CompiledDecoder:
     def __init__(self, model: Llama, cache: PagedKVCache, tokens_RL: torch.Tensor, tables_RB: torch.Tensor) -> None:
         self.ready = False
         self._model, self._tokens_RL, self._tables_RB = model, tokens_RL, tables_RB
-        self._block_size = cache.block_size
-        shape = (cache.num_blocks, cache.block_size, *cache.k[0].shape[1:])
-        self._caches = [(k.view(shape), v.view(shape)) for k, v in zip(cache.k, cache.v, strict=True)]
+        self._block_size, self._caches = cache.block_size, list(zip(cache.k, cache.v, strict=True))
         self._layers = []
         for block in model.layers:
             attention, ffn = (block := cast(TransformerBlock, block)).attention, block.feed_forward
-            self._layers.append(
-                (attention.wq.weight, attention.wk.weight, attention.wv.weight, attention.wo.weight, ffn.w1.weight,
-                 ffn.w3.weight, ffn.w2.weight, block.attention_norm.weight, block.ffn_norm.weight)
-            )  # fmt: skip
-        self._layer = torch.compile(_layer, fullgraph=True, options=_OPTIONS)
-        self._head = torch.compile(_head, fullgraph=True, options=_OPTIONS)
+            wqkv = stacked(attention.wq.weight, attention.wk.weight, attention.wv.weight)
+            w13 = stacked(ffn.w1.weight, ffn.w3.weight)
+            weights = (
+                wqkv,
+                attention.wo.weight,
+                w13,
+                ffn.w2.weight,
+                block.attention_norm.weight,
+                block.ffn_norm.weight,
+            )
+            self._layers.append(tuple(weight.detach() for weight in weights))
+        self._tables = model.tok_embeddings.weight.detach(), model.rope_PC2
+        self._head_weights = model.norm.weight.detach(), model.output.weight.detach()
+        self._begin = _Compiled(_begin, dynamic=((2, 0),))
+        self._layer = _Compiled(_layer, dynamic=((4, 0), (5, 0), (6, 0), (7, 0)))
+        self._head = _Compiled(_head)
 
     @staticmethod
     def supports(model: Llama, cache: PagedKVCache, max_blocks: int) -> bool:
@@ -76,13 +136,12 @@ class CompiledDecoder:
         Raises:
             RuntimeError: the compiler failed.
         """
-        k_cache, v_cache = self._caches[0]
-        with torch.inference_mode(k_cache.is_inference()):  # or it would be compiled again for the real one
-            caches = [(torch.zeros_like(k_cache[:3]), torch.zeros_like(v_cache[:3]))]
-        table_B = torch.arange(2)
-        for tensor in (table_B, *caches[0]):
-            torch._dynamo.mark_dynamic(tensor, 0)
-        self._run(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), table_B, caches)
+        (k_cache, v_cache), eps, slots = self._caches[0], self._model.norm.eps, 3 * self._block_size
+        token, position = torch.zeros(2, 1, dtype=torch.int64).unbind()
+        begun = self._begin.compile(token, position, torch.arange(2), *self._tables, self._block_size)
+        caches = torch.zeros_like(k_cache[:slots]), torch.zeros_like(v_cache[:slots])
+        h_D = self._layer.compile(*begun, *caches, eps, *self._layers[0])
+        self._head.compile(h_D, *self._head_weights, eps)
         self.ready = True
 
     def __call__(self, row: torch.Tensor, position: torch.Tensor, seq_len: int) -> torch.Tensor:
@@ -96,70 +155,67 @@ class CompiledDecoder:
             float32 logits [1, V].
         """
         num_blocks = max(2, -(-seq_len // self._block_size))  # a dimension of one would be a function of its own
-        table_B = self._tables_RB[row, :num_blocks][0]
-        # A copy, for it is an inference tensor like all others: for another kind everything would be compiled again.
-        return self._run(self._tokens_RL[row, position], position.clone(), table_B, self._caches)
-
-    def _run(
-        self,
-        token: torch.Tensor,
-        position: torch.Tensor,
-        table_B: torch.Tensor,
-        caches: list[tuple[torch.Tensor, torch.Tensor]],
-    ) -> torch.Tensor:
-        model = self._model
-        eps = model.norm.eps
-        h_D = model.tok_embeddings(token)[0].float()
-        rope_C2 = model.rope_PC2[position][0]
-        for weights, (k_cache, v_cache) in zip(self._layers, caches, strict=False):
-            h_D = self._layer(h_D, rope_C2, position, table_B, k_cache, v_cache, eps, *weights)
-        logits_V: torch.Tensor = self._head(h_D, model.norm.weight, model.output.weight, eps)
+        table_B, eps = self._tables_RB[row, :num_blocks][0], self._model.norm.eps
+        token = self._tokens_RL[row, position]
+        h_D, *step = self._begin(token, position, table_B, *self._tables, self._block_size)
+        for weights, (k_cache, v_cache) in zip(self._layers, self._caches, strict=True):
+            h_D = self._layer(h_D, *step, k_cache, v_cache, eps, *weights)
+        logits_V: torch.Tensor = self._head(h_D, *self._head_weights, eps)
         return logits_V[None]
+
+
+def _begin(
+    token: torch.Tensor,
+    position: torch.Tensor,
+    table_B: torch.Tensor,
+    embeddings_VD: torch.Tensor,
+    rope_PC2: torch.Tensor,
+    block_size: int,
+) -> tuple[torch.Tensor, ...]:
+    """What all layers need: the embedding [D], cosines and signed sines [E], the token's slot [1], and the slots that
+    it attends to [L] with what is added to their scores [L].
+    """
+    own_E = torch.arange(2 * rope_PC2.shape[1])
+    cos_E, sin_E = rope_PC2[position][0][own_E // 2].unbind(-1)
+    at_L = torch.arange(len(table_B) * block_size)
+    slots_L = table_B[at_L // block_size] * block_size + at_L % block_size
+    seen_L = at_L <= position
+    # What lies behind the sequence's end may be anything, and 0 · inf is nan: its own first slot stands there.
+    slots_L = torch.where(seen_L, slots_L, slots_L[:1])
+    bias_L = torch.where(seen_L, 0.0, -torch.inf)
+    slot = table_B[position // block_size] * block_size + position % block_size
+    return embeddings_VD[token][0].float(), cos_E, sin_E * (own_E % 2 * 2 - 1), slot, slots_L, bias_L
 
 
 def _layer(
     h_D: torch.Tensor,
-    rope_C2: torch.Tensor,
-    position: torch.Tensor,
-    table_B: torch.Tensor,
-    k_MSKE: torch.Tensor,
-    v_MSKE: torch.Tensor,
+    cos_E: torch.Tensor,
+    sin_E: torch.Tensor,
+    slot: torch.Tensor,
+    slots_L: torch.Tensor,
+    bias_L: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
     eps: float,
-    wq: torch.Tensor,
-    wk: torch.Tensor,
-    wv: torch.Tensor,
-    wo: torch.Tensor,
-    w1: torch.Tensor,
-    w3: torch.Tensor,
-    w2: torch.Tensor,
+    wqkv_OD: torch.Tensor,
+    wo_DO: torch.Tensor,
+    w13_OD: torch.Tensor,
+    w2_DF: torch.Tensor,
     attention_norm: torch.Tensor,
     ffn_norm: torch.Tensor,
 ) -> torch.Tensor:
     """`TransformerBlock.forward`; activations stay float32."""
-    _, size, kv_heads, width = k_MSKE.shape
-    x_D = _norm(h_D, attention_norm, eps)
-    q_HE = _rotate(_linear(x_D, wq).view(-1, width), rope_C2)
-    k_KE = _rotate(_linear(x_D, wk).view(kv_heads, width), rope_C2)
-    v_KE = _linear(x_D, wv).view(kv_heads, width)
-    block = table_B[position // size]
-    k_MSKE[block, position % size] = k_KE.to(k_MSKE.dtype)
-    v_MSKE[block, position % size] = v_KE.to(v_MSKE.dtype)
-    q_KGE = (q_HE * width**-0.5).view(kv_heads, -1, width)
-    h_D = h_D + _linear(_attend(q_KGE, k_MSKE, v_MSKE, table_B, position), wo)
-    x_D = _norm(h_D, ffn_norm, eps)
-    return h_D + _linear(F.silu(_linear(x_D, w1)) * _linear(x_D, w3), w2)
-
-
-def _attend(
-    q_KGE: torch.Tensor, k_MSKE: torch.Tensor, v_MSKE: torch.Tensor, table_B: torch.Tensor, position: torch.Tensor
-) -> torch.Tensor:
-    """Attention of one query, scaled already; [H · E]."""
-    seen_L = torch.arange(len(table_B) * k_MSKE.shape[1]) <= position
-    k_LKE = k_MSKE[table_B].flatten(0, 1).float()
-    scores_KGL = torch.matmul(q_KGE, k_LKE.permute(1, 2, 0)).masked_fill(~seen_L, -torch.inf)
-    # What lies behind the sequence's end may be anything, and 0 · inf is nan.
-    v_LKE = torch.where(seen_L[:, None, None], v_MSKE[table_B].flatten(0, 1).float(), 0.0)
-    return torch.matmul(scores_KGL.softmax(-1), v_LKE.transpose(0, 1)).flatten()
+    _, kv_heads, width = k_cache.shape
+    qkv_HE = _linear(_norm(h_D, attention_norm, eps), wqkv_OD).view(-1, width)
+    q_HE, k_KE, v_KE = torch.split(qkv_HE, [len(qkv_HE) - 2 * kv_heads, kv_heads, kv_heads])
+    k_cache[slot] = _rotate(k_KE, cos_E, sin_E)[None].to(k_cache.dtype)
+    v_cache[slot] = v_KE[None].to(v_cache.dtype)
+    q_KGE = (_rotate(q_HE, cos_E, sin_E) * width**-0.5).view(kv_heads, -1, width)
+    scores_KGL = torch.matmul(q_KGE, k_cache[slots_L].float().permute(1, 2, 0)) + bias_L
+    attended_KGE = torch.matmul(scores_KGL.softmax(-1), v_cache[slots_L].float().transpose(0, 1))
+    h_D = h_D + _linear(attended_KGE.flatten(), wo_DO)
+    gate_F, up_F = _linear(_norm(h_D, ffn_norm, eps), w13_OD).chunk(2)
+    return h_D + _linear(F.silu(gate_F) * up_F, w2_DF)
 
 
 def _head(h_D: torch.Tensor, norm: torch.Tensor, output: torch.Tensor, eps: float) -> torch.Tensor:
@@ -174,7 +230,6 @@ def _norm(x_D: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor
     return x_D * torch.rsqrt(x_D.square().mean(-1, keepdim=True) + eps) * weight_D.float()
 
 
-def _rotate(x_HE: torch.Tensor, rope_C2: torch.Tensor) -> torch.Tensor:
-    even, odd = x_HE.view(*x_HE.shape[:-1], -1, 2).unbind(-1)
-    cos, sin = rope_C2.unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
+def _rotate(x_HE: torch.Tensor, cos_E: torch.Tensor, sin_E: torch.Tensor) -> torch.Tensor:
+    """As `rope.apply_rope`: each number, and its neighbour with the other sign, by cosine and sine."""
+    return x_HE * cos_E + x_HE[:, torch.arange(x_HE.shape[-1]) ^ 1] * sin_E

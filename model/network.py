@@ -22,10 +22,11 @@ import torch
 from tpserve.model.attention import PagedAttention, SequenceSlice
 from tpserve.model.compiled import CompiledDecoder
 from tpserve.model.decoder import FusedDecoder
+from tpserve.model.huge_pages import consolidate
 from tpserve.model.kv_cache import PagedKVCache
 from tpserve.model.llama import Llama
 from tpserve.model.parallel import TensorParallel
-from tpserve.model.quantized import is_quantized
+from tpserve.model.quantized import is_quantized, weight_bytes
 from tpserve.model.symmetric_sum import SymmetricSum
 
 # Smaller models stay in the processor's caches, and a step is made of launches.
@@ -231,9 +232,11 @@ def choose_network(
     """The fastest network that is wanted and that this machine, type and shape have."""
     if fused and importlib.util.find_spec("triton") and FusedDecoder.supports(model, tokens_RL.device):
         return FusedNetwork(model, cache, tokens_RL, tables_RB, tp, max_num_seqs=max_num_seqs, graphs=graphs)
+    large = weight_bytes(model) >= WORTH_COMPILING_BYTES
+    if large and tokens_RL.device.type == "cpu":
+        consolidate(model)
     if is_quantized(model) or cache.k[0].dtype != model.output.weight.dtype:
         return PlainNetwork(model, cache, tokens_RL, tables_RB)
-    large = sum(weight.nbytes for weight in model.parameters()) >= WORTH_COMPILING_BYTES
     if fused and graphs and large and tp.size == 1 and CompiledDecoder.supports(model, cache, tables_RB.shape[1]):
         return CompiledNetwork(model, cache, tokens_RL, tables_RB)
     return PlainNetwork(model, cache, tokens_RL, tables_RB)

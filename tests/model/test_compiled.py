@@ -21,6 +21,7 @@ from tpserve.model import network
 from tpserve.model.args import ModelArgs
 from tpserve.model.attention import SequenceSlice
 from tpserve.model.compiled import CompiledDecoder
+from tpserve.model.huge_pages import consolidate
 from tpserve.model.kv_cache import PagedKVCache
 from tpserve.model.llama import Llama
 from tpserve.model.network import CompiledNetwork, Network, PlainNetwork, StepInputs
@@ -60,6 +61,7 @@ class Driver:
         generator = torch.Generator().manual_seed(1)
         tokens = torch.randint(0, VOCAB, (2, MAX_LEN + 1), generator=generator)
         tables = torch.randperm(30, generator=generator)[:24].view(2, -1)
+        consolidate(model)
         self.network = kind(model, cache, tokens, tables)
         self.network.warm_up()
 
