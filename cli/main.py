@@ -158,13 +158,13 @@ def serve(checkpoint: str, tp: int | None = None, **options: Any) -> None:
 
     Args:
         checkpoint: folder written by `tpserve convert`.
-        tp: tensor-parallel size; default 1.
+        tp: tensor-parallel size; default 1, and under torchrun the number of its processes (docs/machines.md).
         options: host, port, served_model_name, api_key (several with commas, or repeated), api_key_file,
             allowed_origins, ssl_certfile, ssl_keyfile, ssl_ca_certs, max_request_bytes, max_connections,
             request_timeout_s, drain_timeout_s, access_log; and every key of a yaml's `handler:` section, such as
             max_seq_len, max_num_seqs, temperature, max_new_tokens; see tpserve.handler.front_config.FrontConfig.
     """
-    from tpserve.handler.front import serve
+    from tpserve.handler.torchrun import serve
 
     serve(checkpoint, tp, lambda line: print(line, flush=True), **options)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import signal
@@ -14,7 +15,7 @@ import msgspec
 import zmq
 
 from tpserve.engine.channel import new_socket
-from tpserve.engine.errors import ConfigError
+from tpserve.engine.errors import ConfigError, EngineError
 from tpserve.engine.node_place import Place, address_towards
 from tpserve.engine.node_protocol import (
     MAX_BYTES,
@@ -46,7 +47,39 @@ logger = logging.getLogger(__name__)
 
 
 class HeadLostError(Exception):
-    """There is no connection to the head, or the head does not want this agent."""
+    """There is no connection to the head, or the head does not want this agent.
+
+    Attributes:
+        nobody: its machine answers, and nobody listens there.
+    """
+
+    def __init__(self, message: str, nobody: bool = False) -> None:
+        super().__init__(message)
+        self.nobody = nobody
+
+
+@dataclasses.dataclass(frozen=True)
+class OneLife:
+    """Makes an agent one for one life of one head.
+
+    Attributes:
+        start_s: so long it waits for that to begin.
+        starter: host and port at which somebody listens as long as there is who starts the head; None: unknown.
+    """
+
+    start_s: float
+    starter: tuple[str, int] | None
+
+    def is_over(self) -> bool:
+        """Whether nobody is left to begin it."""
+        try:
+            if self.starter is not None:
+                address_towards(*self.starter, _CONNECT_S)
+        except ConnectionRefusedError:
+            return True
+        except OSError:  # it cannot be known now
+            pass
+        return False
 
 
 class NodeAgent:
@@ -59,6 +92,7 @@ class NodeAgent:
         checkpoint: where the checkpoint is here; None: where it is on the head.
         alive_file: written every second, for probes: "connected" or "waiting".
         drain_timeout_s: after `leave`, so long it goes on for a head that is still there.
+        one_life: None: it asks for a head again and again, for ever.
 
     Raises:
         ConfigError: `head` names no port.
@@ -73,6 +107,7 @@ class NodeAgent:
         checkpoint: str | None = None,
         alive_file: str | None = None,
         drain_timeout_s: float = 30.0,
+        one_life: OneLife | None = None,
     ) -> None:
         host, colon, port = head.rpartition(":")
         if not (colon and host and port.isdecimal() and int(port) < 65536):
@@ -80,10 +115,10 @@ class NodeAgent:
         self._host, self._port = host, int(port)
         self._keys, self._name, self._checkpoint = keys, name, checkpoint
         self._alive_file = None if alive_file is None else Path(alive_file)
-        self._drain_timeout_s = drain_timeout_s
+        self._drain_timeout_s, self._one_life = drain_timeout_s, one_life
         self._leave_at_s = math.inf
         self._alive_s = -math.inf
-        self._refused = False
+        self._refused = self._heard = False
         self._groups: dict[str, RankGroup] = {}
         self._ended: set[str] = set()  # of which the head knows
         self._encoder = msgspec.msgpack.Encoder()
@@ -95,14 +130,21 @@ class NodeAgent:
         self._leave_at_s = time.monotonic() + (0.0 if asked_before else self._drain_timeout_s)
 
     def run(self) -> None:
-        """Connects to the head, again and again, and serves it, until `leave`."""
+        """Connects to the head, again and again, and serves it, until `leave`.
+
+        Raises:
+            EngineError: it was for one life of the head, which is over, or will not begin.
+        """
         said: str | None = None
+        began_s = time.monotonic()
         while self._leave_at_s == math.inf:
             try:
                 with self._session() as socket:
                     said, self._refused = said if self._refused else None, False
                     self._serve(socket)
             except HeadLostError as e:
+                if self._leave_at_s == math.inf and self._is_all_over(e, time.monotonic() - began_s):
+                    raise EngineError(str(e)) from None
                 if str(e) != said:
                     logger.warning("%s; asking again until it answers", e)
                 said = str(e)
@@ -110,6 +152,13 @@ class NodeAgent:
             while self._leave_at_s == math.inf and time.monotonic() < until_s:
                 self._show("waiting")
                 time.sleep(_POLL_MS / 1000)
+
+    def _is_all_over(self, lost: HeadLostError, since_s: float) -> bool:
+        if self._one_life is None:
+            return False
+        if self._refused or (self._heard and lost.nobody):
+            return True
+        return not self._heard and (since_s > self._one_life.start_s or (lost.nobody and self._one_life.is_over()))
 
     @contextmanager
     def _session(self) -> Iterator[zmq.Socket[bytes]]:
@@ -124,7 +173,7 @@ class NodeAgent:
                 curve_publickey=self._keys.node_public, curve_secretkey=self._keys.node_secret,
             )  # fmt: skip
         except (OSError, zmq.ZMQError) as e:
-            raise HeadLostError(f"no head at {where}: {e}") from None
+            raise HeadLostError(f"no head at {where}: {e}", isinstance(e, ConnectionRefusedError)) from None
         try:
             until_s = time.monotonic() + _CONNECT_S
             while not socket.poll(_POLL_MS, zmq.POLLOUT):
@@ -156,6 +205,7 @@ class NodeAgent:
                 raise HeadLostError(f"the head was silent for {SILENCE_S:g} s")
 
     def _obey(self, socket: zmq.Socket[bytes], word: HeadWord) -> None:
+        self._heard = True
         match word:
             case Launch():
                 try:

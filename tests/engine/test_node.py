@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import shutil
 import socket
 import threading
@@ -18,8 +19,8 @@ import zmq
 from tpserve.engine import node_agent, node_group, node_hub
 from tpserve.engine.channel import new_socket
 from tpserve.engine.config import EngineConfig
-from tpserve.engine.errors import ConfigError
-from tpserve.engine.node_agent import NodeAgent
+from tpserve.engine.errors import ConfigError, EngineError
+from tpserve.engine.node_agent import NodeAgent, OneLife
 from tpserve.engine.node_group import GroupOverNodes
 from tpserve.engine.node_hub import NodeHub
 from tpserve.engine.node_place import Place, interface_of
@@ -177,6 +178,49 @@ def test_an_agent_outlives_its_head(config: EngineConfig, tmp_path: Path) -> Non
             until(lambda: all(part.killed for part in FakePart.all))
             assert len(FakePart.all) == 2 * life + 2
             until(lambda: alive.read_text() == "waiting\n")
+
+
+def end_of(config: EngineConfig, one_life: OneLife) -> queue.SimpleQueue[str]:
+    """An agent for one life; what it ends with comes when it does."""
+    said: queue.SimpleQueue[str] = queue.SimpleQueue()
+    one = NodeAgent(f"127.0.0.1:{config.node_port}", NodeKeys.derive(KEY), "b", one_life=one_life)
+
+    def run() -> None:
+        try:
+            one.run()
+        except EngineError as e:
+            said.put(str(e))
+
+    threading.Thread(target=run, daemon=True).start()
+    return said
+
+
+def test_an_agent_for_one_life_of_its_head(config: EngineConfig) -> None:
+    said = end_of(config, OneLife(60.0, None))
+    time.sleep(0.3)
+    assert said.empty()  # it waits for the beginning
+    hub = NodeHub(config)
+    until(lambda: hub.nodes)
+    time.sleep(0.3)  # it hears something
+    hub.close()
+    assert "refused" in said.get(timeout=5)
+
+
+def test_an_agent_for_a_life_that_does_not_begin(config: EngineConfig) -> None:
+    assert "refused" in end_of(config, OneLife(0.5, None)).get(timeout=5)
+    with socket.create_server(("127.0.0.1", 0)) as starter:
+        where = starter.getsockname()[:2]
+        said = end_of(config, OneLife(60.0, where))
+        time.sleep(1.2)
+        assert said.empty()  # there is who could begin it
+    assert "refused" in said.get(timeout=5)
+
+
+def test_an_agent_for_one_life_that_is_not_wanted(
+    config: EngineConfig, hub: NodeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(node_agent, "versions", lambda: "tpserve 0")
+    assert "does not want machine b" in end_of(config, OneLife(60.0, None)).get(timeout=5)
 
 
 def test_who_has_another_key_is_not_let_in(config: EngineConfig, hub: NodeHub) -> None:
