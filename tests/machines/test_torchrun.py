@@ -39,21 +39,15 @@ class TorchrunMachines(Machines):
         self.agent = self._torchrun(1)
         return self.agent
 
-    def _torchrun(self, number: int) -> subprocess.Popen[bytes]:
-        command = [
-            *self.machines[number],
-            *TORCHRUN,
-            "--nnodes",
-            "2",
-            "--nproc-per-node",
-            "1",
-            "--rdzv-backend",
-            "c10d",
-        ]
-        command += ["--rdzv-endpoint", f"{ADDRESSES[self.endpoint]}:29500", "--rdzv-id", "7"]
-        command += ["--max-restarts", str(self.max_restarts)]
+    def rendezvous(self, number: int) -> list[str]:
+        """What torchrun is told of it on one of the machines."""
+        where = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{ADDRESSES[self.endpoint]}:29500", "--rdzv-id", "7"]
         # Neither is needed where machines have names: these two have one.
-        command += ["--local-addr", ADDRESSES[number], "--rdzv-conf", f"is_host={number == self.endpoint}"]
+        return [*where, "--local-addr", ADDRESSES[number], "--rdzv-conf", f"is_host={number == self.endpoint}"]
+
+    def _torchrun(self, number: int) -> subprocess.Popen[bytes]:
+        command = [*self.machines[number], *TORCHRUN, "--nnodes", "2", "--nproc-per-node", "1"]
+        command += ["--max-restarts", str(self.max_restarts), *self.rendezvous(number)]
         command += [*SERVE, "--checkpoint", str(self.folder / "out"), "--port", str(PORT), *self.extra]
         env = environment() | {"TPSERVE_NODE_KEY": KEY}
         del env["GLOO_SOCKET_IFNAME"]
