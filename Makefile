@@ -24,10 +24,10 @@ demo-chat: install
 test: install
 	$(BIN)/python -m pytest -n 3
 
-# Every fault on both fronts (`make test` has a few of them), every TP size up to 8, and `demo-chat`; `soak`: half an hour of faults,
-# FRONT=torchserve, MINUTES=10.
+# What `make test` has no time for: every fault on both fronts (it has a few), every TP size up to 8, `demo-chat`; `soak`: half an hour
+# of faults, FRONT=torchserve, MINUTES=10.
 test-faults: install
-	$(BIN)/python -m pytest -m "faults or not faults" tests/faults tests/serve/test_every_size.py tests/serve/test_demo_chat.py
+	$(BIN)/python -m pytest -m faults
 
 soak: install
 	$(BIN)/python -m tests.faults.soak --minutes $(or $(MINUTES),30) --clients 16 --front $(or $(FRONT),serve)

@@ -37,7 +37,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return convert(folder / "in", folder / "out", progress=False)
 
 
-@pytest.mark.parametrize("tp", [2, 4, 8])
+@pytest.mark.parametrize("tp", [2, 4, pytest.param(8, marks=pytest.mark.faults)])
 def test_logits_do_not_depend_on_the_tp_size(wide: Path, tmp_path: Path, tp: int) -> None:
     alone = run_two_steps(wide, tmp_path, 1, TOKENS)
     together = run_two_steps(wide, tmp_path, tp, TOKENS)

@@ -48,7 +48,7 @@ def run(*args: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command(*args), capture_output=True, text=True, check=False, timeout=120, env=ENV)
 
 
-@pytest.mark.parametrize(("mp", "tp"), [(1, 1), (2, 2), (4, 4), (4, 3)])
+@pytest.mark.parametrize(("mp", "tp"), [(1, 1), (2, 2), (4, 3), pytest.param(4, 4, marks=pytest.mark.faults)])
 def test_a_real_model_says_what_metas_implementation_says(mp: int, tp: int, tmp_path: Path) -> None:
     reference = stories_reference()
     folder = convert(shared_data("stories260K") / f"mp{mp}", tmp_path / "model", progress=False)

@@ -60,6 +60,7 @@ def test_streams_outlive_a_rank(tiny_config: EngineConfig) -> None:
     assert not [pid for pid in pids if is_running(pid)]
 
 
+@pytest.mark.faults  # `make test` has tests/faults/test_ranks.py, with a rank that is stopped
 def test_ranks_that_hang(tiny_config: EngineConfig) -> None:
     """Rank 0 in the middle of a stream; a follower while nobody asks for tokens. SIGKILL ends stopped ones, too."""
     client = EngineClient(with_(tiny_config, step_timeout_s=3.0))

@@ -77,6 +77,7 @@ def all_gone(pids: list[int], timeout_s: float = 10) -> None:
     until(lambda: not [pid for pid in pids if is_running(pid)], timeout_s)
 
 
+@pytest.mark.faults  # `make test` has one machine, and two of `tpserve node`
 @needs_machines
 @pytest.mark.timeout(300)
 def test_two_machines(folder: Path, alone: list[int]) -> None:
