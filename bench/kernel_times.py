@@ -26,6 +26,7 @@ from tpserve.model.attention import SequenceSlice
 from tpserve.model.kv_cache import PagedKVCache
 from tpserve.model.network import FusedNetwork, StepInputs
 from tpserve.model.parallel import TensorParallel, num_kv_heads
+from tpserve.model.quantized import quantize
 
 _BLOCK_SIZE = 16
 
@@ -40,20 +41,32 @@ class Steps:
         batch: the largest.
         length: the longest sequence.
         tokens: that the cache holds.
+        quantization: of the blocks' weights, one of `SCHEMES`; empty: none.
+        kv_dtype: of the cache.
     """
 
     def __init__(
-        self, model: str, tp: TensorParallel, device: torch.device, batch: int, length: int, tokens: int
+        self,
+        model: str,
+        tp: TensorParallel,
+        device: torch.device,
+        batch: int,
+        length: int,
+        tokens: int,
+        quantization: str = "",
+        kv_dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         self.args, self._device = MODELS[model], device
         num_blocks = tokens // _BLOCK_SIZE + batch
         llama = random_model(self.args, tp, device, max_len=length + 1)
+        if quantization:
+            quantize(llama, quantization)
         self._cache = PagedKVCache(
             self.args.n_layers, num_blocks, _BLOCK_SIZE, num_kv_heads(self.args, tp), self.args.head_dim,
-            dtype=torch.bfloat16, device=device,
+            dtype=kv_dtype, device=device,
         )  # fmt: skip
         for tensor in (*self._cache.k, *self._cache.v):
-            tensor.normal_()
+            tensor.copy_(torch.randn(tensor.shape, dtype=torch.bfloat16, device=device))
         generator = torch.Generator().manual_seed(1)
         self._order = torch.randperm(num_blocks, generator=generator).to(device)
         tokens_RL = torch.randint(self.args.vocab_size, (batch, length + 1), generator=generator).to(device)
@@ -129,6 +142,8 @@ def main(
     prefill: str = "128,1024,8192",
     decode: str = "1x128,8x1024,64x640,256x640",
     shown: int = 14,
+    quantization: str = "",
+    kv_cache_dtype: str = "",
 ) -> None:
     """Prints the tables.
 
@@ -138,6 +153,8 @@ def main(
         prefill: numbers of tokens.
         decode: batches and contexts.
         shown: kernels of each step.
+        quantization: of the blocks' weights, one of `SCHEMES`; empty: none.
+        kv_cache_dtype: "fp8", or empty.
     """
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
@@ -151,12 +168,14 @@ def main(
     steps = Steps(
         model, group, device, batch, max([c for _, c in decodes] + [1024]),
         max([b * (c + 16) for b, c in decodes] + prefills),
+        quantization, torch.float8_e4m3fn if kv_cache_dtype else torch.bfloat16,
     )  # fmt: skip
     results = []
     args = steps.args
+    read: dict[str, Any] = {"block_bytes": roofline.BLOCK_BYTES[quantization], "kv_bytes": 1 if kv_cache_dtype else 2}
     for name, inputs, num_tokens, work in [
         *((f"prefill {n}", steps.prefill(n), n, roofline.prefill(args, tp, *_prompts(n), 2)) for n in prefills),
-        *((f"decode {b}x{c}", steps.decode(b, c), b, roofline.decode(args, tp, b, c, 2)) for b, c in decodes),
+        *((f"decode {b}x{c}", steps.decode(b, c), b, roofline.decode(args, tp, b, c, 2, **read)) for b, c in decodes),
     ]:
         # Steps' tables share memory: each is laid out again before it runs.
         again = steps.prefill if not inputs.decode_lens else steps.decode
@@ -182,7 +201,12 @@ def main(
     if group.rank == 0:
         gpu = torch.cuda.get_device_name(device).replace(" ", "-")
         command = f"python -m tpserve.bench.kernel_times --model {model} --tp {tp}"
-        write_result(f"kernel_times-{gpu}-{model}-tp{tp}", command, {"steps": results})
+        kind = ""
+        for option, value in (("quantization", quantization), ("kv_cache_dtype", kv_cache_dtype)):
+            if value:
+                command += f" --{option} {value}"
+                kind += f"-{value}" if option == "quantization" else f"-kv_{value}"
+        write_result(f"kernel_times-{gpu}-{model}-tp{tp}{kind}", command, {"steps": results})
     steps.network.close()
     gc.collect()
     if tp > 1:
