@@ -19,10 +19,12 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from tpserve.model.huge_pages import stacked
 from tpserve.model.kv_cache import PagedKVCache
 from tpserve.model.llama import Llama, TransformerBlock
+from tpserve.model.quantized import Float8Linear, Int8Linear
 
 _OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
     "realize_opcount_threshold": 0,  # or a norm would be computed anew for every output of the product behind it
@@ -98,20 +100,13 @@ class CompiledDecoder:
         self.ready = False
         self._model, self._tokens_RL, self._tables_RB = model, tokens_RL, tables_RB
         self._block_size, self._caches = cache.block_size, list(zip(cache.k, cache.v, strict=True))
-        self._layers = []
+        self._layers: list[tuple[torch.Tensor | None, ...]] = []
         for block in model.layers:
             attention, ffn = (block := cast(TransformerBlock, block)).attention, block.feed_forward
-            wqkv = stacked(attention.wq.weight, attention.wk.weight, attention.wv.weight)
-            w13 = stacked(ffn.w1.weight, ffn.w3.weight)
-            weights = (
-                wqkv,
-                attention.wo.weight,
-                w13,
-                ffn.w2.weight,
-                block.attention_norm.weight,
-                block.ffn_norm.weight,
-            )
-            self._layers.append(tuple(weight.detach() for weight in weights))
+            self._layers.append(
+                (*_matrix(attention.wq, attention.wk, attention.wv), *_matrix(attention.wo), *_matrix(ffn.w1, ffn.w3),
+                 *_matrix(ffn.w2), block.attention_norm.weight.detach(), block.ffn_norm.weight.detach())
+            )  # fmt: skip
         self._tables = model.tok_embeddings.weight.detach(), model.rope_PC2
         self._head_weights = model.norm.weight.detach(), model.output.weight.detach()
         self._begin = _Compiled(_begin, dynamic=((2, 0),))
@@ -119,12 +114,17 @@ class CompiledDecoder:
         self._head = _Compiled(_head)
 
     @staticmethod
-    def supports(model: Llama, cache: PagedKVCache, max_blocks: int) -> bool:
-        """Whether this model decodes so here: float32 or bfloat16 on a CPU, and a C++ compiler."""
+    def supports(model: Llama, max_blocks: int) -> bool:
+        """Whether this model decodes so here: on a CPU, in float32 or bfloat16, with weights of any scheme but int4, which
+        lie in another order; and there is a C++ compiler.
+        """
         weight = model.output.weight
+        parts = [part for block in model.layers for part in block.modules()]
+        kinds = {type(part) for part in parts if isinstance(part, nn.Linear) or hasattr(part, "q_NK")}
         return (
             weight.device.type == "cpu"
             and weight.dtype in (torch.float32, torch.bfloat16)
+            and kinds in ({nn.Linear}, {Int8Linear}, {Float8Linear})
             and max_blocks > 1
             and any(shutil.which(compiler) for compiler in (os.environ.get("CXX", "g++"), "g++", "clang++"))
         )
@@ -164,6 +164,13 @@ class CompiledDecoder:
         return logits_V[None]
 
 
+def _matrix(*linears: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The weights of layers that read the same input, one below the other, and their scales."""
+    if isinstance(linears[0], Int8Linear | Float8Linear):
+        return stacked(*(linear.q_NK for linear in linears)), stacked(*(linear.scale_N for linear in linears))  # type: ignore[arg-type]
+    return stacked(*(linear.weight for linear in linears)), None  # type: ignore[arg-type]
+
+
 def _begin(
     token: torch.Tensor,
     position: torch.Tensor,
@@ -198,32 +205,37 @@ def _layer(
     v_cache: torch.Tensor,
     eps: float,
     wqkv_OD: torch.Tensor,
+    sqkv_O: torch.Tensor | None,
     wo_DO: torch.Tensor,
+    so_D: torch.Tensor | None,
     w13_OD: torch.Tensor,
+    s13_O: torch.Tensor | None,
     w2_DF: torch.Tensor,
+    s2_D: torch.Tensor | None,
     attention_norm: torch.Tensor,
     ffn_norm: torch.Tensor,
 ) -> torch.Tensor:
-    """`TransformerBlock.forward`; activations stay float32."""
+    """`TransformerBlock.forward`; activations stay float32. Behind each matrix: its rows' scales, where it has some."""
     _, kv_heads, width = k_cache.shape
-    qkv_HE = _linear(_norm(h_D, attention_norm, eps), wqkv_OD).view(-1, width)
+    qkv_HE = _linear(_norm(h_D, attention_norm, eps), wqkv_OD, sqkv_O).view(-1, width)
     q_HE, k_KE, v_KE = torch.split(qkv_HE, [len(qkv_HE) - 2 * kv_heads, kv_heads, kv_heads])
     k_cache[slot] = _rotate(k_KE, cos_E, sin_E)[None].to(k_cache.dtype)
     v_cache[slot] = v_KE[None].to(v_cache.dtype)
     q_KGE = (_rotate(q_HE, cos_E, sin_E) * width**-0.5).view(kv_heads, -1, width)
     scores_KGL = torch.matmul(q_KGE, k_cache[slots_L].float().permute(1, 2, 0)) + bias_L
     attended_KGE = torch.matmul(scores_KGL.softmax(-1), v_cache[slots_L].float().transpose(0, 1))
-    h_D = h_D + _linear(attended_KGE.flatten(), wo_DO)
-    gate_F, up_F = _linear(_norm(h_D, ffn_norm, eps), w13_OD).chunk(2)
-    return h_D + _linear(F.silu(gate_F) * up_F, w2_DF)
+    h_D = h_D + _linear(attended_KGE.flatten(), wo_DO, so_D)
+    gate_F, up_F = _linear(_norm(h_D, ffn_norm, eps), w13_OD, s13_O).chunk(2)
+    return h_D + _linear(F.silu(gate_F) * up_F, w2_DF, s2_D)
 
 
 def _head(h_D: torch.Tensor, norm: torch.Tensor, output: torch.Tensor, eps: float) -> torch.Tensor:
     return _linear(_norm(h_D, norm, eps), output)
 
 
-def _linear(x_D: torch.Tensor, weight_OD: torch.Tensor) -> torch.Tensor:
-    return (x_D * weight_OD.float()).sum(-1)
+def _linear(x_D: torch.Tensor, weight_OD: torch.Tensor, scale_O: torch.Tensor | None = None) -> torch.Tensor:
+    y_O = (x_D * weight_OD.float()).sum(-1)
+    return y_O if scale_O is None else y_O * scale_O
 
 
 def _norm(x_D: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:

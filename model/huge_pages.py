@@ -29,9 +29,11 @@ def consolidate(model: Llama) -> None:
         model: on the CPU.
     """
     places: list[tuple[nn.Module, str, torch.Tensor]] = []
-    for part in _reading_order(model):
-        tensors = (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False))
-        places += [(part, name, tensor) for name, tensor in tensors if tensor is not model.rope_PC2]
+    for parts in _reading_order(model):
+        named = [dict((*part.named_parameters(recurse=False), *part.named_buffers(recurse=False))) for part in parts]
+        names = dict.fromkeys(name for tensors in named for name in tensors)
+        places += [(part, name, tensors[name]) for name in names
+                   for part, tensors in zip(parts, named, strict=True) if name in tensors]  # fmt: skip
     offsets: dict[int, int] = {}  # tied weights are one tensor, and stay one
     size = 0
     for _, _, tensor in places:
@@ -57,10 +59,10 @@ def consolidate(model: Llama) -> None:
 
 
 def stacked(*weights: torch.Tensor) -> torch.Tensor:
-    """Matrices that `consolidate` has laid one below the other, as one.
+    """Matrices, or their scales, that `consolidate` has laid one below the other, as one.
 
     Args:
-        weights: [N, K] each.
+        weights: [N, …] each.
 
     Raises:
         ValueError: they do not lie so.
@@ -71,14 +73,15 @@ def stacked(*weights: torch.Tensor) -> torch.Tensor:
         if weight.data_ptr() != end or not weight.is_contiguous():
             raise ValueError("the matrices do not lie one below the other")
         end += weight.nbytes
-    return first.detach().as_strided((sum(len(weight) for weight in weights), first.shape[1]), first.stride())
+    return first.detach().as_strided((sum(len(weight) for weight in weights), *first.shape[1:]), first.stride())
 
 
-def _reading_order(model: Llama) -> Iterator[nn.Module]:
-    yield model.tok_embeddings
+def _reading_order(model: Llama) -> Iterator[tuple[nn.Module, ...]]:
+    """All parts that have weights; those that read the same input together."""
+    yield (model.tok_embeddings,)
     for layer in model.layers:
         block = cast(TransformerBlock, layer)
         attention, ffn = block.attention, block.feed_forward
-        yield from (block.attention_norm, attention.wq, attention.wk, attention.wv, attention.wo)
-        yield from (block.ffn_norm, ffn.w1, ffn.w3, ffn.w2)
-    yield from (model.norm, model.output)
+        yield from ((block.attention_norm,), (attention.wq, attention.wk, attention.wv), (attention.wo,))
+        yield from ((block.ffn_norm,), (ffn.w1, ffn.w3), (ffn.w2,))
+    yield from ((model.norm,), (model.output,))

@@ -26,7 +26,7 @@ from tpserve.model.huge_pages import consolidate
 from tpserve.model.kv_cache import PagedKVCache
 from tpserve.model.llama import Llama
 from tpserve.model.parallel import TensorParallel
-from tpserve.model.quantized import is_quantized, weight_bytes
+from tpserve.model.quantized import weight_bytes
 from tpserve.model.symmetric_sum import SymmetricSum
 
 # Smaller models stay in the processor's caches, and a step is made of launches.
@@ -235,8 +235,6 @@ def choose_network(
     large = weight_bytes(model) >= WORTH_COMPILING_BYTES
     if large and tokens_RL.device.type == "cpu":
         consolidate(model)
-    if is_quantized(model) or cache.k[0].dtype != model.output.weight.dtype:
-        return PlainNetwork(model, cache, tokens_RL, tables_RB)
-    if fused and graphs and large and tp.size == 1 and CompiledDecoder.supports(model, cache, tables_RB.shape[1]):
+    if fused and graphs and large and tp.size == 1 and CompiledDecoder.supports(model, tables_RB.shape[1]):
         return CompiledNetwork(model, cache, tokens_RL, tables_RB)
     return PlainNetwork(model, cache, tokens_RL, tables_RB)
