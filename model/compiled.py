@@ -115,8 +115,9 @@ class CompiledDecoder:
 
     @staticmethod
     def supports(model: Llama, max_blocks: int) -> bool:
-        """Whether this model decodes so here: on a CPU, in float32 or bfloat16, with weights of any scheme but int4, which
-        lie in another order; and there is a C++ compiler.
+        """Whether this model decodes so here: on a CPU, in float32 or bfloat16, and there is a C++ compiler.
+
+        Weights may be of any scheme but int4, which lie in another order.
         """
         weight = model.output.weight
         parts = [part for block in model.layers for part in block.modules()]
