@@ -7,6 +7,7 @@ This one admits only the metadata's own classes, and views each stored tensor in
 
 from __future__ import annotations
 
+import enum
 import io
 import mmap
 import pickle
@@ -63,8 +64,17 @@ _PIECE_BYTES = 16 << 20  # asked for, then read
 _CHECK_THREADS = 4
 
 
+def _member(kind: Any, name: str) -> Any:
+    """What `getattr` is in metadata: Python 3.11.0 to 3.11.3 writes `getattr(Kind, "name")` for a member of an enum."""
+    if not (isinstance(kind, type) and issubclass(kind, enum.Enum)):
+        raise pickle.UnpicklingError("builtins.getattr has no place in checkpoint metadata but for an enum's members")
+    return kind[name]
+
+
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype | torch.layout)
         if (module, name) in _ALLOWED_NAMES or is_dtype:
             return super().find_class(module, name)
