@@ -20,13 +20,13 @@ from tpserve.model.kernels.all_reduce import WordExchange
 from tpserve.model.kernels.mixed import matmul
 from tpserve.model.kernels.paged_attention import choose_splits, decode_scratch, paged_decode_attention
 from tpserve.model.kernels.rope import rope_and_write
+from tpserve.model.kernels.row_exchange import RowExchange
 from tpserve.model.kernels.tiles import Tile, choose_tiles
 from tpserve.model.kv_cache import PagedKVCache
 from tpserve.model.llama import Llama, TransformerBlock
 from tpserve.model.matrix import Matrix, join
 from tpserve.model.parallel import TensorParallel
 from tpserve.model.plan import chunk_bounds
-from tpserve.model.symmetric_sum import SymmetricSum
 
 # Sums go as words (four times their bytes, once to every rank, but no barrier and no pass of their own) up to this.
 MAX_WORD_ROWS, MAX_WORD_BYTES = 64, 4 << 20
@@ -69,7 +69,6 @@ class DecodeStep:
         model: its weights are joined (`fuse`).
         cache, tp, tokens_RL, tables_RB: as for `FusedDecoder`.
         batch_sizes: S of the steps to come, ascending.
-        symmetric: adds up what is too large for words; None: NCCL does.
 
     Attributes:
         rows_S, positions_S: int64 input; position -1 is padding.
@@ -87,7 +86,6 @@ class DecodeStep:
         tokens_RL: torch.Tensor,
         tables_RB: torch.Tensor,
         batch_sizes: list[int],
-        symmetric: SymmetricSum | None = None,
     ) -> None:
         args, device, dtype = model.args, model.output.weight.device, model.output.weight.dtype
         self._cache, self._tp, self._tokens_RL, self._tables_RB = cache, tp, tokens_RL, tables_RB
@@ -97,7 +95,7 @@ class DecodeStep:
         first, e = self.layers[0], args.head_dim
         h, kv_heads, f = first.wo_DN.shape[1] // e, cache.k[0].shape[1], first.w2_DF.shape[1]
         largest = batch_sizes[-1]
-        rows = max(largest, linear.padded_rows(min(largest, linear.MAX_ROWS)))
+        rows = max(largest, linear.MAX_ROWS)
 
         def zeros(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -108,13 +106,15 @@ class DecodeStep:
         self._count = zeros(1, dtype=torch.int32)  # of steps, for the exchange's epochs
         sums = zeros(rows * (args.dim // 4), dtype=torch.float32)
         residual_SD = zeros(rows, args.dim, dtype=torch.float32)
-        self._normed = norm.Normed(residual_SD, zeros(rows, args.dim), sums, args.norm_eps)
         self._q_SHE, self._attended_SHE, self._act_SF = zeros(rows, h, e), zeros(rows, h, e), zeros(rows, f)
         self._wide = zeros(rows * max(first.wqkv_ND.shape[0], 2 * f, self._head_VD.shape[0]))
-        self._symmetric = symmetric if symmetric is not None and symmetric.fits(rows) else None
-        self._partial_SD = zeros(rows, args.dim) if self._symmetric is None else self._symmetric.buffer(rows)
         words = 8 * args.dim * max(1, tp.size - 1)
         self._max_word_rows = min(MAX_WORD_ROWS, max(linear.MAX_ROWS, MAX_WORD_BYTES // words))
+        self._rows = RowExchange.make(tp, rows, args.dim, dtype, device) if largest > self._max_word_rows else None
+        x_SD, self._partial_SD = (zeros(rows, args.dim), zeros(rows, args.dim)) if self._rows is None else (
+            self._rows.x_SD, self._rows.partial_SD
+        )  # fmt: skip
+        self._normed = norm.Normed(residual_SD, x_SD, sums, args.norm_eps)
         self._share = chunk_bounds(args.vocab_size, tp.size)[0][1]
         self.logits_SV = zeros(rows, args.vocab_size, dtype=torch.float32)
         if tp.size > 1:
@@ -123,7 +123,7 @@ class DecodeStep:
         self._splits = {s: choose_splits(s, kv_heads, tokens_RL.shape[1], processors) for s in batch_sizes}
         items = max(s * splits for s, splits in self._splits.items())
         self._scratch = decode_scratch(largest, h, e, -(-items // largest), device)
-        self.few_rows = linear.MAX_ROWS if first.w13_ND.scale is None else linear.MAX_ROWS_OF_FEWER_BITS
+        self.few_rows = linear.MAX_ROWS_OF[first.w13_ND.scheme]
         weights = (first.wqkv_ND, first.wo_DN, first.w13_ND, first.w2_DF)
         layer_bytes = sum(weight.nbytes for weight in weights)
         self.tiles = {
@@ -205,7 +205,7 @@ class DecodeStep:
             )  # fmt: skip
 
     def _add(self, x: torch.Tensor, w: Matrix, gain_D: torch.Tensor, s: int, index: int, tile: Tile | None) -> int:
-        """residual += x @ wᵀ summed over the ranks; returns the parts of the new sums of squares."""
+        """residual += x @ wᵀ summed over the ranks; returns the parts of the new sums of squares (0: not needed)."""
         if self._tp.size == 1 and tile is not None:
             return linear.add_product(x, w, self._normed, gain_D, s, tile, pdl=self._pdl)
         words = self._exchange if s <= self._max_word_rows else None
@@ -216,9 +216,10 @@ class DecodeStep:
         if words is not None:
             words.push_matrix(partial, index)
             return words.add(self._normed, gain_D, s, index, 1, pdl=False)
-        if self._symmetric is not None:
-            self._symmetric.sum(partial)
-        elif self._tp.size > 1:
+        if self._rows is not None:
+            self._rows.add_norm(self._normed.residual_SD, gain_D, self._normed.eps, s)
+            return 0  # these rows are divided by their norm already
+        if self._tp.size > 1:
             dist.all_reduce(partial, group=self._tp.group)
         return norm.add(partial, self._normed, gain_D, pdl=self._pdl)
 

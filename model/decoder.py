@@ -18,7 +18,6 @@ from tpserve.model import kernels
 from tpserve.model.kv_cache import PagedKVCache
 from tpserve.model.llama import Llama
 from tpserve.model.parallel import TensorParallel
-from tpserve.model.symmetric_sum import SymmetricSum
 
 
 class FusedDecoder:
@@ -36,7 +35,6 @@ class FusedDecoder:
         tables_RB: int64 block tables.
         max_num_seqs: the largest batch.
         buckets: batch sizes; None: `default_buckets`.
-        symmetric: as for `DecodeStep`.
     """
 
     def __init__(
@@ -49,12 +47,11 @@ class FusedDecoder:
         *,
         max_num_seqs: int,
         buckets: Sequence[int] | None = None,
-        symmetric: SymmetricSum | None = None,
     ) -> None:
         from tpserve.model.decode_step import DecodeStep  # needs Triton
 
         self.buckets = sorted(set(buckets or default_buckets(max_num_seqs)))
-        self.step = DecodeStep(model, cache, tp, tokens_RL, tables_RB, self.buckets, symmetric)
+        self.step = DecodeStep(model, cache, tp, tokens_RL, tables_RB, self.buckets)
         self._device = tokens_RL.device
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]

@@ -14,7 +14,7 @@ import dataclasses
 import torch
 
 from tpserve.model.decode_step import FusedLayer
-from tpserve.model.kernels import pointwise, rows
+from tpserve.model.kernels import pointwise
 from tpserve.model.kernels.mixed import matmul
 from tpserve.model.kernels.paged_attention import (
     DecodeScratch,
@@ -27,8 +27,8 @@ from tpserve.model.kernels.prefill_attention import paged_prefill_attention, pre
 from tpserve.model.kernels.rope import rope_and_write
 from tpserve.model.kv_cache import PagedKVCache
 from tpserve.model.llama import Llama
-from tpserve.model.matrix import Matrix
 from tpserve.model.parallel import TensorParallel
+from tpserve.model.residual import MIN_DEALT_ROWS, DealtResidual, Residual
 from tpserve.model.symmetric_sum import SymmetricSum
 
 
@@ -103,8 +103,8 @@ class FusedForward:
         slots_T = self._tables_RB[rows_T, positions_T // size] * size + positions_T % size
         slots_T = torch.where(positions_T < 0, -1, slots_T)
         scratch, splits = self._scratch(num_decodes)
-        residual_TD = model.tok_embeddings(tokens_T).float()
-        x_TD = rows.add_norm(None, residual_TD, self._layers[0].attention_norm_D, eps)
+        stream = self._stream(tokens_T)
+        x_TD = stream.norm(self._layers[0].attention_norm_D, eps)
         tiles = None if chunks is None else prefill_tiles(
             chunks.rows_P, chunks.starts_P1, chunks.contexts_P, len(tokens_T), self._heads, self._kv_heads,
             self._head_dim, x_TD.dtype,
@@ -122,24 +122,19 @@ class FusedForward:
             if tiles is not None:
                 paged_prefill_attention(q_THE, k_cache, v_cache, self._tables_RB, tiles, out_THE, block_size=size)
             if rows_N is not None and i == len(self._layers) - 1:  # of the others, only keys and values were wanted
-                out_THE, residual_TD = out_THE[rows_N], residual_TD[rows_N]
-            x_TD = self._add(out_THE.flatten(1), layer.wo_DN, residual_TD, layer.ffn_norm_D)
+                out_THE, stream = out_THE[rows_N], stream.only(rows_N)
+            x_TD = stream.add(out_THE.flatten(1), layer.wo_DN, layer.ffn_norm_D, eps)
             wide_TN = matmul(x_TD, layer.w13_ND)
             act_TF = wide_TN.new_empty(len(wide_TN), wide_TN.shape[1] // 2)
             pointwise.silu_mul(wide_TN, act_TF)
-            x_TD = self._add(act_TF, layer.w2_DF, residual_TD, gains[i])
+            x_TD = stream.add(act_TF, layer.w2_DF, gains[i], eps)
         return model.gather(x_TD @ model.output.weight.t()).float()
 
-    def _add(self, x_TN: torch.Tensor, w_DN: Matrix, residual_TD: torch.Tensor, gain_D: torch.Tensor) -> torch.Tensor:
-        """residual += the sum over ranks of x · wᵀ; returns its norm."""
-        if self._symmetric is not None and self._symmetric.fits(len(x_TN)):
-            y_TD = matmul(x_TN, w_DN, self._symmetric.buffer(len(x_TN)))
-            self._symmetric.sum(y_TD)
-        else:
-            y_TD = matmul(x_TN, w_DN)
-            if self._tp.size > 1:
-                self._tp.all_reduce(y_TD)
-        return rows.add_norm(y_TD, residual_TD, gain_D, self._model.args.norm_eps)
+    def _stream(self, tokens_T: torch.Tensor) -> Residual:
+        size = self._tp.size
+        whole = size == 1 or (self._symmetric is not None and self._symmetric.fits(len(tokens_T)))
+        kind = Residual if whole or len(tokens_T) < MIN_DEALT_ROWS else DealtResidual
+        return kind(self._model, tokens_T, self._tp, self._symmetric)
 
     @torch.no_grad()
     def compile(self) -> None:

@@ -156,12 +156,10 @@ class FusedNetwork:
 
         self._tokens_RL, self._chunks, self._tp_size = tokens_RL, Chunks, tp.size
         weight = model.output.weight
-        symmetric = SymmetricSum.make(tp, max(BUCKETS[-1], max_num_seqs), model.args.dim, weight.dtype, weight.device)
+        symmetric = SymmetricSum.make(tp, BUCKETS[-1], model.args.dim, weight.dtype, weight.device)
         self._decoder: FusedDecoder | None = None
         if graphs:
-            self._decoder = FusedDecoder(
-                model, cache, tp, tokens_RL, tables_RB, max_num_seqs=max_num_seqs, symmetric=symmetric
-            )
+            self._decoder = FusedDecoder(model, cache, tp, tokens_RL, tables_RB, max_num_seqs=max_num_seqs)
             layers = self._decoder.step.layers
         else:
             layers = [fuse(block) for block in model.layers]  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ from tpserve.model.llama import Llama
 from tpserve.model.plan import chunk_bounds, shares
 
 # torch 2.13 gave it this name and deprecated the old one, which 2.11 has.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ class TensorParallel:
         n = logits_NV.shape[0]
         own = nn.functional.pad(logits_NV, (0, share - logits_NV.shape[1])).contiguous()
         joined = own.new_empty(self.size * n, share)
-        _all_gather(joined, own, group=self.group)
+        all_gather(joined, own, group=self.group)
         return joined.view(self.size, n, share).transpose(0, 1).reshape(n, self.size * share)[:, :vocab_size]
 
 

@@ -117,8 +117,9 @@ class Float8Linear(_ScaledLinear):
 class Int4Linear(nn.Module):
     """y = x · (scale · q + zero)ᵀ with q from 0 to 15, and a scale and a zero for each group of inputs.
 
-    On a CPU, in bfloat16, q and scales lie in the order and with the offset of 8 that torch's product wants; elsewhere
-    as `quantized_format.py` says.
+    On a CPU, in bfloat16, q and scales lie in the order and with the offset of 8 that torch's product wants. On a GPU a
+    byte holds the inputs j and j + group / 2 of a group, and zeros are those of 128 + q (`kernels/product.py`).
+    Elsewhere both are as `quantized_format.py` says.
 
     Args:
         weight_NK: floating point.
@@ -149,6 +150,9 @@ class Int4Linear(nn.Module):
         if self.packed:
             q_NK = _packed(q_NK)
             scale_GN2[..., 1] += 8 * scale_GN2[..., 0]
+        elif q_NK.is_cuda:
+            q_NK = in_halves(q_NK, group)
+            scale_GN2[..., 1] -= 128 * scale_GN2[..., 0]
         self.register_buffer("q_NK", q_NK)
         self.register_buffer("scale_GN2", scale_GN2)
 
@@ -157,14 +161,35 @@ class Int4Linear(nn.Module):
         if self.packed:
             scale = self.scale_GN2.to(x_TK.dtype)
             return _int4_product(x_TK.contiguous(), self.q_NK, self.group, scale)
-        return F.linear(x_TK, Format("int4", self.group).dequantise(self.q_NK, self.scale_GN2, x_TK.dtype))
+        return F.linear(x_TK, self._widened(x_TK.dtype))
 
     def dequantized(self) -> torch.Tensor:
         """The weight that this stands for, float32 [N, K]."""
         if self.packed:
             identity = torch.eye(self.shape[1], dtype=torch.float32)
             return _int4_product(identity, self.q_NK, self.group, self.scale_GN2).t()
-        return Format("int4", self.group).dequantise(self.q_NK, self.scale_GN2)
+        return self._widened(torch.float32)
+
+    def _widened(self, dtype: torch.dtype) -> torch.Tensor:
+        q_NK, scale_GN2 = self.q_NK, self.scale_GN2
+        if q_NK.is_cuda:
+            q_NK = in_pairs(q_NK, self.group)
+            scale_GN2 = torch.stack([scale_GN2[..., 0], scale_GN2[..., 1] + 128 * scale_GN2[..., 0]], -1)
+        return Format("int4", self.group).dequantise(q_NK, scale_GN2, dtype)
+
+
+def in_halves(q_NK: torch.Tensor, group: int) -> torch.Tensor:
+    """Bytes of inputs 2j and 2j + 1 → bytes of inputs j and j + group / 2 of each group."""
+    bytes_NGP = q_NK.view(q_NK.shape[0], -1, group // 2)
+    low, high = torch.stack([bytes_NGP & 15, bytes_NGP >> 4], -1).flatten(-2).chunk(2, -1)
+    return (low | high << 4).view_as(q_NK)
+
+
+def in_pairs(q_NK: torch.Tensor, group: int) -> torch.Tensor:
+    """The inverse of `in_halves`."""
+    bytes_NGP = q_NK.view(q_NK.shape[0], -1, group // 2)
+    inputs_NGI = torch.cat([bytes_NGP & 15, bytes_NGP >> 4], -1)
+    return (inputs_NGI[..., ::2] | inputs_NGI[..., 1::2] << 4).view_as(q_NK)
 
 
 def _packed(q_NK: torch.Tensor) -> torch.Tensor:

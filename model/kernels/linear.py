@@ -43,10 +43,11 @@ def _qkv_kernel(
     angle = rope_ptr + position[None, :] * E + pair[:, None]
     cos = tl.load(angle, mask=rotates, other=1.0)
     sin = tl.load(angle + 1, mask=rotates, other=0.0)
+    last = s - 1 if GROUP != 0 else MP - 1  # buffers have MP rows, and reading all needs no mask
     ahead = begin(w_ptr, cols, 0, K, K, MP, BK, STAGES, GROUP, PREFETCH, EARLY, PDL)
     slot = tl.load(slots_ptr + mm, mask=mm < s, other=-1)
     sums = load_sums(sums_ptr, P, MP)
-    y = product(ahead, x_ptr, w_ptr, scale_ptr, cols, MP - 1, 0, K, K, MP, BN, BK, STAGES, GROUP, ROWS)
+    y = product(ahead, x_ptr, w_ptr, scale_ptr, cols, last, 0, K, K, MP, BN, BK, STAGES, GROUP, ROWS)
     y = y * inverse_rms(sums, K, EPS)[None, :]
     even, odd = pairs(y, BN, MP)
     rotated = tl.join(even * cos - odd * sin, even * sin + odd * cos)
@@ -72,9 +73,10 @@ def _gate_up_kernel(
     j = tl.arange(0, BN)
     col = tl.program_id(0) * (BN // 2) + j // 2
     rows = tl.minimum(col, F - 1) + F * (j % 2)
+    last = s - 1 if GROUP != 0 else MP - 1
     ahead = begin(w_ptr, rows, 0, K, K, MP, BK, STAGES, GROUP, PREFETCH, EARLY, PDL)
     sums = load_sums(sums_ptr, P, MP)
-    y = product(ahead, x_ptr, w_ptr, scale_ptr, rows, MP - 1, 0, K, K, MP, BN, BK, STAGES, GROUP, ROWS)
+    y = product(ahead, x_ptr, w_ptr, scale_ptr, rows, last, 0, K, K, MP, BN, BK, STAGES, GROUP, ROWS)
     gate, up = pairs(y * inverse_rms(sums, K, EPS)[None, :], BN, MP)
     y = gate / (1.0 + tl.exp(-gate)) * up
     cols = tl.program_id(0) * (BN // 2) + tl.arange(0, BN // 2)
@@ -93,12 +95,13 @@ def _residual_kernel(
     pid = tl.program_id(0)
     cols = pid * BN + tl.arange(0, BN)
     gain = tl.load(gain_ptr + cols).to(tl.float32)
+    last = s - 1 if GROUP != 0 else MP - 1
     ahead = begin(w_ptr, cols, 0, K, K, MP, BK, STAGES, GROUP, PREFETCH, EARLY, PDL)
     mm = tl.arange(0, MP)
     where = mm[None, :] * N + cols[:, None]
     stored = mm[None, :] < s
     residual = tl.load(residual_ptr + where, mask=stored, other=0.0)
-    residual += product(ahead, x_ptr, w_ptr, scale_ptr, cols, MP - 1, 0, K, K, MP, BN, BK, STAGES, GROUP, ROWS)
+    residual += product(ahead, x_ptr, w_ptr, scale_ptr, cols, last, 0, K, K, MP, BN, BK, STAGES, GROUP, ROWS)
     tl.store(residual_ptr + where, residual, mask=stored)
     tl.store(y_ptr + where, (residual * gain[:, None]).to(y_ptr.dtype.element_ty), mask=stored)
     tl.store(sums_ptr + mm * (N // BN) + pid, tl.sum(residual * residual, 0), mask=mm < s)
@@ -114,9 +117,10 @@ def _push_kernel(
     part = tl.program_id(1)
     cols = tl.program_id(0) * BN + tl.arange(0, BN)
     DEPTH: tl.constexpr = K // SPLIT
+    last = s - 1 if GROUP != 0 else MP - 1
     ahead = begin(w_ptr, cols, part * DEPTH, K, DEPTH, MP, BK, STAGES, GROUP, PREFETCH, EARLY, PDL)
     epoch = tl.load(step_ptr) * per_step + index
-    y = product(ahead, x_ptr, w_ptr, scale_ptr, cols, MP - 1, part * DEPTH, K, DEPTH, MP, BN, BK, STAGES, GROUP, ROWS)
+    y = product(ahead, x_ptr, w_ptr, scale_ptr, cols, last, part * DEPTH, K, DEPTH, MP, BN, BK, STAGES, GROUP, ROWS)
     mm = tl.arange(0, MP)
     where = offset + ((RANK * SPLIT + part) * s + mm[None, :]) * N + cols[:, None]
     push(peers_ptr, where, y, epoch, (mm[None, :] < s) & (cols[:, None] < N), RANK, RANKS)
@@ -132,9 +136,10 @@ def _logits_kernel(
 ):  # fmt: skip
     cols = tl.program_id(0) * BN + tl.arange(0, BN)
     rows = tl.minimum(cols, N - 1)
+    last = s - 1 if GROUP != 0 else MP - 1
     ahead = begin(w_ptr, rows, 0, K, K, MP, BK, STAGES, GROUP, PREFETCH, EARLY, PDL)
     sums = load_sums(sums_ptr, P, MP)
-    y = product(ahead, x_ptr, w_ptr, scale_ptr, rows, MP - 1, 0, K, K, MP, BN, BK, STAGES, GROUP, ROWS)
+    y = product(ahead, x_ptr, w_ptr, scale_ptr, rows, last, 0, K, K, MP, BN, BK, STAGES, GROUP, ROWS)
     y = y * inverse_rms(sums, K, EPS)[None, :]
     mm = tl.arange(0, MP)
     where = mm[None, :] * STRIDE + FIRST + cols[:, None]
@@ -147,24 +152,29 @@ def _logits_kernel(
 
 MAX_ROWS = 8  # beyond, cuBLAS is as fast as the best tiles were (at 16, 32 and 64 rows on an H200: 1 to 2%)
 
-MAX_ROWS_OF_FEWER_BITS = 1
+# Of each scheme ("": bfloat16).
+MAX_ROWS_OF = {"": MAX_ROWS, "int8": MAX_ROWS, "fp8": MAX_ROWS, "int4": MAX_ROWS}
 
 
-def padded_rows(s: int) -> int:
-    """MP: rows that the kernels compute for `s` sequences; their inputs need as many."""
-    return 1 if s == 1 else max(8, triton.next_power_of_2(s))
+def padded_rows(s: int, group: int = 0) -> int:
+    """MP: rows that the kernels compute for `s` sequences; their inputs need as many.
+
+    Args:
+        s: at most `MAX_ROWS`.
+        group: of the weight; int4 goes through the tensor cores, which take eight.
+    """
+    return 1 if s == 1 and group <= 0 else MAX_ROWS
 
 
 def _launch(
     kernel: Any, tile: Tile, programs: int, s: int, pdl: bool, x: torch.Tensor | Normed, w: Matrix,
     *args: Any, **constants: Any,
 ) -> None:  # fmt: skip
-    mp = padded_rows(s)
+    mp = padded_rows(s, w.group)
     prefetch = min(tile.prefetch, 1 << ((w.row_bytes // tile.split).bit_length() - 1))  # nothing beyond a row's end
-    q = w.q.view(torch.int32) if w.group > 0 and mp == 1 else w.q
     inputs = (x.x_SD, x.sums) if isinstance(x, Normed) else (x,)
     kernel[(programs, tile.split)](
-        *inputs, q, q if w.scale is None else w.scale, *args, s, **constants,
+        *inputs, w.q, w.q if w.scale is None else w.scale, *args, s, **constants,
         MP=mp, BN=tile.rows, BK=tile.depth, STAGES=tile.stages, GROUP=w.group, ROWS=w.shape[0],
         PREFETCH=prefetch if prefetch >= 128 else 0,
         EARLY=tile.early, PDL=pdl, num_warps=tile.warps, launch_pdl=pdl,

@@ -42,21 +42,21 @@ def _widen_kernel(
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     k0 = tl.program_id(1) * BK
     there = (rows < N)[:, None]
+    out = out_ptr + rows.to(tl.int64)[:, None] * K + k0 + tl.arange(0, BK)[None, :]
     if GROUP > 0:
-        at = k0 // 2 + tl.arange(0, BK // 2)
-        w = tl.load(q_ptr + rows.to(tl.int64)[:, None] * (K // 2) + at[None, :], mask=there & (at < K // 2)[None, :])
-        w = tl.reshape(tl.join(w & 15, w >> 4), [BN, BK]).to(tl.float32)
-        group = (k0 + tl.arange(0, BK)) // GROUP
-        about = scale_ptr + (group[None, :] * N + rows[:, None]) * 2
-        inside = there & (group < K // GROUP)[None, :]
-        w = w * tl.load(about, mask=inside, other=0.0) + tl.load(about + 1, mask=inside, other=0.0)
+        tl.static_assert(BK == GROUP // 2 and K % GROUP == 0)
+        group, high = k0 // GROUP, k0 % GROUP // BK
+        w = tl.load(q_ptr + rows.to(tl.int64)[:, None] * (K // 2) + group * BK + tl.arange(0, BK)[None, :], mask=there)
+        about = scale_ptr + (group * N + rows) * 2
+        scale, zero = tl.load(about, mask=rows < N, other=0.0), tl.load(about + 1, mask=rows < N, other=0.0)
+        q = ((w >> (4 * high).to(tl.uint8)) & 15).to(tl.float32)
+        w = (q + 128.0) * scale[:, None] + zero[:, None]
+        tl.store(out, w.to(out_ptr.dtype.element_ty), mask=there)
     else:
         at = k0 + tl.arange(0, BK)
         w = tl.load(q_ptr + rows.to(tl.int64)[:, None] * K + at[None, :], mask=there & (at < K)[None, :])
         w = w.to(tl.float32) * tl.load(scale_ptr + rows, mask=rows < N, other=0.0)[:, None]
-    at = k0 + tl.arange(0, BK)
-    out = out_ptr + rows.to(tl.int64)[:, None] * K + at[None, :]
-    tl.store(out, w.to(out_ptr.dtype.element_ty), mask=there & (at < K)[None, :])
+        tl.store(out, w.to(out_ptr.dtype.element_ty), mask=there & (at < K)[None, :])
 
 
 @triton.jit
@@ -91,7 +91,7 @@ def matmul(x_TK: torch.Tensor, w: Matrix, out_TN: torch.Tensor | None = None) ->
         )
     if t <= MAX_MIXED_ROWS:
         mp = min(64, max(16, triton.next_power_of_2(t)))
-        rows, depth, warps, stages = _tile(n, w.group)
+        rows, depth, warps, stages = _tile(mp, w.group)
         _product_kernel[(triton.cdiv(n, rows), triton.cdiv(t, mp))](
             x_TK, w.q, w.scale, out_TN, t, K=k, N=n, MP=mp, BN=rows, BK=depth, STAGES=stages, GROUP=w.group,
             num_warps=warps,
@@ -100,16 +100,16 @@ def matmul(x_TK: torch.Tensor, w: Matrix, out_TN: torch.Tensor | None = None) ->
     return torch.mm(x_TK, _widened(w, x_TK.dtype).t(), out=out_TN)
 
 
-def _tile(n: int, group: int) -> tuple[int, int, int, int]:
+def _tile(mp: int, group: int) -> tuple[int, int, int, int]:
     """(rows and depth of the weight's tile, warps, stages)."""
-    rows = 64 if n >= 64 * 132 else 32
-    return (rows, group, 4, 3) if group > 0 else (rows, 128, 4, 4)
+    part = group if group > 0 else 128
+    return (32, 4 * part, 4, 3) if mp <= 16 else (64, part, 4, 4)  # as many parts as leave the sums in registers
 
 
 def _widened(w: Matrix, dtype: torch.dtype) -> torch.Tensor:
-    (n, k), (rows, depth) = w.shape, (16, 256)
+    (n, k), rows = w.shape, 16
+    depth = 256 if w.group == ROW_SCALES else w.group // 2
     out_NK = torch.empty(n, k, dtype=dtype, device=w.q.device)
-    assert w.group == ROW_SCALES or depth % w.group == 0
     _widen_kernel[(triton.cdiv(n, rows), triton.cdiv(k, depth))](
         w.q, w.scale, out_NK, n, K=k, GROUP=w.group, BN=rows, BK=depth, num_warps=4
     )

@@ -28,7 +28,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 # are multiprocessors (132), not even that.
 _MANY = 256
 _ONE_EACH = range(96, 133)
-_FLOAT8_TILE = (32, 1, 3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,11 +63,9 @@ def _tiles(S: int, K: int, E: int, dtype: torch.dtype, cache: torch.dtype) -> tu
     """
     if dtype == torch.float32:
         return 16, 4, 1
-    if cache == torch.float8_e4m3fn and S * K >= _MANY:
-        return _FLOAT8_TILE
     if S * K in _ONE_EACH and E <= 128:
         return 128, 4, 3
-    return (32, 1, 2) if S * K >= _MANY else (32, 2, 3)
+    return (32, 1, 2) if S * K == _MANY and cache != torch.float8_e4m3fn else (32, 1, 3)
 
 
 def _padded_sequences(S: int) -> int:
@@ -97,6 +94,72 @@ def beside_float8(q, CACHE: tl.constexpr):
     if tl.float8e4nv == CACHE and q.dtype == tl.bfloat16:
         q = q.to(tl.float16)
     return q
+
+
+@triton.jit
+def _unpaired(v):
+    """int16, two float8 each → float16 of the lower ones, float16 of the upper ones.
+
+    Tensor cores want neighbouring tokens' values in one register, which no load brings together byte by byte at speed:
+    two bytes at a time they are transposed as float16 would be.
+    """
+    return tl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 sorted;
+        .reg .b16 lower, upper;
+        prmt.b32 sorted, $2, 0, 0x3120;
+        mov.b32 {lower, upper}, sorted;
+        cvt.rn.f16x2.e4m3x2 $0, lower;
+        cvt.rn.f16x2.e4m3x2 $1, upper;
+        }
+        """,
+        "=&r,=r,r", [v], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
+    )  # fmt: skip
+
+
+@triton.jit
+def _attend(
+    q, k_ptr, v_ptr, table_ptr, block, at, end, head, scale, best, total, acc, odd,
+    K: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr, BN: tl.constexpr,
+    OFFSET: tl.constexpr, PRECISION: tl.constexpr, PAIRED: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys; WHOLE: all BN of them are there. Returns the next tile's block numbers, too."""
+    n, e = tl.arange(0, BN), tl.arange(0, EP)
+    pos = at + n
+    there = pos < end
+    offset = (block.to(OFFSET) * BLOCK + pos % BLOCK) * (K * E) + head * E
+    block = tl.load(table_ptr + (pos + BN) // BLOCK, mask=pos + BN < end, other=0)
+    if WHOLE and EP == E:
+        k = tl.load(k_ptr + offset[:, None] + e[None, :])
+    else:
+        k = tl.load(k_ptr + offset[:, None] + e[None, :], mask=there[:, None] & (e[None, :] < E), other=0.0)
+    if PAIRED:
+        pair = tl.arange(0, EP // 2)
+        v_at = v_ptr.to(tl.pointer_type(tl.int16)) + (offset // 2)[None, :] + pair[:, None]
+        if WHOLE and EP == E:
+            v = tl.load(v_at)
+        else:
+            v = tl.load(v_at, mask=there[None, :] & (pair[:, None] < E // 2), other=0)
+    elif WHOLE and EP == E:
+        v = tl.load(v_ptr + offset[None, :] + e[:, None])
+    else:
+        v = tl.load(v_ptr + offset[None, :] + e[:, None], mask=there[None, :] & (e[:, None] < E), other=0.0)
+    score = tl.dot(k.to(q.dtype), q, input_precision=PRECISION)
+    if not WHOLE:
+        score = tl.where(there[:, None], score, float("-inf"))
+    new_best = tl.maximum(best, tl.max(score, 0) * scale)
+    weight = tl.exp2(score * scale - new_best[None, :])
+    fade = tl.exp2(best - new_best)
+    total = total * fade + tl.sum(weight, 0)
+    weight = weight.to(q.dtype)
+    if PAIRED:
+        lower, upper = _unpaired(v)
+        acc = tl.dot(lower, weight, acc * fade[None, :])
+        odd = tl.dot(upper, weight, odd * fade[None, :])
+    else:
+        acc = tl.dot(v.to(q.dtype), weight, acc * fade[None, :], input_precision=PRECISION)
+    return block, new_best, total, acc, odd
 
 
 @triton.jit
@@ -169,45 +232,42 @@ def _decode_kernel(
         return
     H: tl.constexpr = K * G
     g, e, n = tl.arange(0, GP), tl.arange(0, EP), tl.arange(0, BN)
-    ge_mask = (g[:, None] < G) & (e[None, :] < E)
+    eg_mask = (e[:, None] < E) & (g[None, :] < G)
+    own = (head * G + g)[None, :] * E + e[:, None]
     each = tl.cdiv(length, splits * BN) * BN
     start = (item - first) * each
     end = tl.minimum(start + each, length)
-    q = tl.load(q_ptr + seq.to(tl.int64) * q_stride + (head * G + g)[:, None] * E + e[None, :], mask=ge_mask, other=0.0)
+    q = tl.load(q_ptr + seq.to(tl.int64) * q_stride + own, mask=eg_mask, other=0.0)
     q = beside_float8(q, k_ptr.dtype.element_ty)
+    PAIRED: tl.constexpr = k_ptr.dtype.element_ty == tl.float8e4nv and q.dtype == tl.float16
     best = tl.full([GP], float("-inf"), tl.float32)
     total = tl.zeros([GP], tl.float32)
-    acc = tl.zeros([GP, EP], tl.float32)
+    acc = tl.zeros([EP // 2 if PAIRED else EP, GP], tl.float32)
+    odd = acc
     table_ptr = tables_ptr + row * table_stride
     # Each round reads the next one's block numbers: they are in registers when its keys' addresses are wanted.
     block = tl.load(table_ptr + (start + n) // BLOCK, mask=start + n < end, other=0)
-    for at in tl.range(start, end, BN, num_stages=STAGES):
-        pos = at + n
-        there = pos < end
-        offset = (block.to(OFFSET) * BLOCK + pos % BLOCK) * (K * E) + head * E
-        block = tl.load(table_ptr + (pos + BN) // BLOCK, mask=pos + BN < end, other=0)
-        at_cache = offset[:, None] + e[None, :]
-        mask = there[:, None] if EP == E else there[:, None] & (e[None, :] < E)
-        k = tl.load(k_ptr + at_cache, mask=mask, other=0.0)
-        v = tl.load(v_ptr + at_cache, mask=mask, other=0.0)
-        k, v = k.to(q.dtype), v.to(q.dtype)  # of float8
-        score = tl.dot(q, k.T, input_precision=PRECISION)
-        score = tl.where(there[None, :], score, float("-inf"))
-        new_best = tl.maximum(best, tl.max(score, 1) * scale)
-        weight = tl.exp2(score * scale - new_best[:, None])
-        fade = tl.exp2(best - new_best)
-        total = total * fade + tl.sum(weight, 1)
-        acc = tl.dot(weight.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
-        best = new_best
+    whole = start + tl.maximum(end - start, 0) // BN * BN
+    for at in tl.range(start, whole, BN, num_stages=STAGES):
+        block, best, total, acc, odd = _attend(
+            q, k_ptr, v_ptr, table_ptr, block, at, end, head, scale, best, total, acc, odd,
+            K, E, EP, BLOCK, BN, OFFSET, PRECISION, PAIRED, True,
+        )  # fmt: skip
+    if whole < end:
+        block, best, total, acc, odd = _attend(
+            q, k_ptr, v_ptr, table_ptr, block, whole, end, head, scale, best, total, acc, odd,
+            K, E, EP, BLOCK, BN, OFFSET, PRECISION, PAIRED, False,
+        )  # fmt: skip
+    if PAIRED:
+        acc = tl.reshape(tl.permute(tl.join(acc, odd), [0, 2, 1]), [EP, GP])
     if splits == 1:
-        result = acc / tl.where(total == 0, 1.0, total)[:, None]  # padding: 0 / 1
-        out = out_ptr + seq.to(tl.int64) * out_stride + (head * G + g)[:, None] * E + e[None, :]
-        tl.store(out, result.to(out_ptr.dtype.element_ty), mask=ge_mask)
+        result = acc / tl.where(total == 0, 1.0, total)[None, :]  # padding: 0 / 1
+        tl.store(out_ptr + seq.to(tl.int64) * out_stride + own, result.to(out_ptr.dtype.element_ty), mask=eg_mask)
         return
     # Neighbouring programs are the heads of one item: [items, H, E] lets them write side by side.
-    at_item = item.to(tl.int64) * H + head * G
-    tl.store(partial_ptr + (at_item + g)[:, None] * E + e[None, :], acc / total[:, None], mask=ge_mask)
-    tl.store(lse_ptr + at_item + g, best + tl.log2(total), mask=g < G)
+    at_item = item.to(tl.int64) * H
+    tl.store(partial_ptr + at_item * E + own, acc / total[None, :], mask=eg_mask)
+    tl.store(lse_ptr + at_item + head * G + g, best + tl.log2(total), mask=g < G)
     tl.debug_barrier()  # all threads' stores come before the one thread's release
     if tl.atomic_add(arrived_ptr + seq * K + head, 1, sem="acq_rel", scope="gpu") != splits - 1:
         return
@@ -255,7 +315,7 @@ def paged_decode_attention(
         q_SHE, k_cache, v_cache, tables_RB, rows_S, lens_S, out_SHE, scratch.partial, scratch.lse, scratch.arrived,
         S, num_splits if S == 1 else max(1, S * (num_splits - 1)),
         q_SHE.stride(0), out_SHE.stride(0), tables_RB.stride(0), math.log2(math.e) / math.sqrt(E),
-        K=K, G=G, GP=max(16, CG), E=E, EP=max(16, triton.next_power_of_2(E)),
+        K=K, G=G, GP=max(8, CG), E=E, EP=max(16, triton.next_power_of_2(E)),
         SP=_padded_sequences(S),
         BLOCK=block_size, BN=BN, STAGES=stages, CS=max(1, 16 * warps // CG), CG=CG,
         OFFSET=tl.int32 if k_cache.numel() < 2**31 else tl.int64,

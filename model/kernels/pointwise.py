@@ -41,10 +41,11 @@ def _scale_kernel(
     if PDL:
         gdc_wait()
     s = tl.program_id(1)
-    scale = tl.sum(inverse_rms(load_sums(sums_ptr + s * P, P, 1), D, EPS), 0)
     cols = tl.program_id(0) * C + tl.arange(0, C)
     where = s.to(tl.int64) * N + cols
-    y = tl.load(y_ptr + where, mask=cols < N, other=0.0).to(tl.float32) * scale
+    y = tl.load(y_ptr + where, mask=cols < N, other=0.0).to(tl.float32)
+    if P > 0:
+        y *= tl.sum(inverse_rms(load_sums(sums_ptr + s * P, P, 1), D, EPS), 0)
     tl.store(out_ptr + where, y, mask=cols < N)
 
 

@@ -1,7 +1,7 @@
 """The inner part of the products of a decode step: one program owns BN rows of a weight and streams them.
 
-With one sequence it multiplies and adds in float32 and reduces once at the end; with up to 8 the weight is the left
-operand of the tensor cores. Weights of fewer bits are widened in registers.
+With one sequence it multiplies and adds in float32 and reduces once at the end; with up to 8, and for int4 always, the
+weight is the left operand of the tensor cores. Weights of fewer bits are widened in registers.
 
 Programmatic dependent launch overlaps a kernel's start with its predecessor's end. The rule that keeps it right: before
 `gdc_wait` a kernel reads only weights and the step's input; it waits before reading anything that a step writes. A
@@ -31,7 +31,7 @@ def begin(
     PREFETCH: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """What need not wait for the predecessor, and the wait. Returns `product`'s first tile, where it takes one."""
-    PACK: tl.constexpr = _pack(GROUP, MP)
+    PACK: tl.constexpr = 2 if GROUP > 0 else 1  # inputs in an element of the weight's pointer
     if PREFETCH > 0:
         lines = tl.arange(0, PREFETCH // 128) * 128
         SIZE: tl.constexpr = w_ptr.dtype.element_ty.primitive_bitwidth // 8
@@ -40,11 +40,7 @@ def begin(
             "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
         )
     if MP == 1 and STAGES == 1:
-        if GROUP > 0:
-            tl.static_assert(K == DEPTH, "int4 rows are not split")
-            ahead = _load_words(w_ptr, rows, 0, K, DEPTH, BK, GROUP)
-        else:
-            ahead = _load_weights(w_ptr, rows, k0, 0, K, DEPTH, BK)
+        ahead = _load_weights(w_ptr, rows, k0, 0, K, DEPTH, BK)
     else:
         ahead = 0
     if PDL:
@@ -56,12 +52,6 @@ def begin(
     return ahead
 
 
-@triton.constexpr_function
-def _pack(group, mp):
-    """Inputs in an element of the weight's pointer: words of eight for one row of x, bytes of two for several."""
-    return 1 if group <= 0 else 8 if mp == 1 else 2
-
-
 @triton.jit
 def product(
     ahead, x_ptr, w_ptr, scale_ptr, rows, last, k0, K: tl.constexpr, DEPTH: tl.constexpr,
@@ -70,18 +60,18 @@ def product(
 ):  # fmt: skip
     """float32 [BN, MP]: the weight's rows times x, over K from k0 on.
 
-    last: of the rows of x that there are; GROUP and scale_ptr: see `Matrix`; ROWS: of the whole weight.
+    last: of the rows of x that there are; what comes out beyond it means nothing. GROUP and scale_ptr: see `Matrix`;
+    ROWS: of the whole weight.
     """
     if GROUP > 0:
-        if MP == 1:
-            y = _int4_row(ahead, x_ptr, w_ptr, scale_ptr, rows, K, DEPTH, BN, BK, STAGES, GROUP, ROWS)
-        else:
-            y = _int4_rows(x_ptr, w_ptr, scale_ptr, rows, last, k0, K, DEPTH, MP, BN, BK, STAGES, GROUP, ROWS)
+        y = _int4(x_ptr, w_ptr, scale_ptr, rows, last, k0, K, DEPTH, MP, BN, BK, STAGES, GROUP, ROWS)
     else:
         if MP == 1:
             y = _one_row(ahead, x_ptr, w_ptr, rows, k0, K, DEPTH, BN, BK, STAGES)
-        else:
+        elif GROUP == 0:
             y = _some_rows(x_ptr, w_ptr, rows, last, k0, K, DEPTH, MP, BN, BK, STAGES)
+        else:
+            y = _widened_rows(x_ptr, w_ptr, rows, last, k0, K, DEPTH, MP, BN, BK, STAGES)
         if GROUP < 0:
             y *= tl.load(scale_ptr + rows)[:, None]
     return y
@@ -157,86 +147,115 @@ def _some_rows(
         else:
             w = tl.load(w_rows + kk[None, :], mask=kk[None, :] < DEPTH, other=0.0)
             x = tl.load(x_cols + kk[:, None], mask=kk[:, None] < DEPTH, other=0.0)
-        y = tl.dot(w if w.dtype == x.dtype else widened(w).to(x.dtype), x, y)
+        y = tl.dot(w, x, y)
     return y
 
 
 @triton.jit
-def _load_words(w_ptr, rows, at, K: tl.constexpr, DEPTH: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr):
-    """Words of eight weights, [BN, groups, words of a group]."""
-    group, word = tl.arange(0, BK // GROUP), tl.arange(0, GROUP // 8)
-    where = at // 8 + (group * (GROUP // 8))[:, None] + word[None, :]
-    there = at // GROUP + group < DEPTH // GROUP
-    w_rows = w_ptr + rows.to(tl.int64)[:, None, None] * (K // 8)
-    return tl.load(w_rows + where[None, :, :], mask=there[None, :, None], other=0)
-
-
-@triton.jit
-def _int4_row(
-    ahead, x_ptr, w_ptr, scale_ptr, rows, K: tl.constexpr, DEPTH: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
+def _widened_rows(
+    x_ptr, w_ptr, rows, last, k0, K: tl.constexpr, DEPTH: tl.constexpr,
+    MP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    GROUPS: tl.constexpr = BK // GROUP
-    sums = tl.zeros([BN, GROUPS], tl.float32)
-    x_pairs = x_ptr.to(tl.pointer_type(tl.int32))
-    word = (tl.arange(0, GROUPS) * (GROUP // 8))[:, None] + tl.arange(0, GROUP // 8)[None, :]
+    """int8 and float8: as `_int4`, 128 inputs where that has a group."""
+    PART: tl.constexpr = 128
+    PARTS: tl.constexpr = BK // PART
+    tl.static_assert(BK % PART == 0)
+    part, byte, mm = tl.arange(0, PARTS), tl.arange(0, PART), tl.arange(0, MP)
+    if PARTS > 1:
+        at = part[:, None] * PART + byte[None, :]
+        w_at = w_ptr + rows.to(tl.int64)[None, :, None] * K + k0 + at[:, None, :]
+        x_at = x_ptr + mm[None, None, :] * K + k0 + at[:, :, None]
+        x_there = (mm <= last)[None, None, :]
+        y = tl.zeros([PARTS, BN, MP], tl.float32)
+    else:
+        at = byte
+        w_at = w_ptr + rows.to(tl.int64)[:, None] * K + k0 + at[None, :]
+        x_at = x_ptr + mm[None, :] * K + k0 + at[:, None]
+        x_there = (mm <= last)[None, :]
+        y = tl.zeros([BN, MP], tl.float32)
     for k in tl.range(0, DEPTH, BK, num_stages=STAGES):
-        group = k // GROUP + tl.arange(0, GROUPS)
-        there = group < DEPTH // GROUP
-        if STAGES == 1:
-            w = ahead
-            ahead = _load_words(w_ptr, rows, k + BK, K, DEPTH, BK, GROUP)
+        if DEPTH % BK == 0:
+            w = tl.load(w_at + k)
+            x = tl.load(x_at + k, mask=x_there, other=0.0)
         else:
-            w = _load_words(w_ptr, rows, k, K, DEPTH, BK, GROUP)
-        about = scale_ptr + (group[None, :] * ROWS + rows[:, None]) * 2
-        scale = tl.load(about, mask=there[None, :], other=0.0)
-        zero = tl.load(about + 1, mask=there[None, :], other=0.0)
-        part = tl.zeros([BN, GROUPS, GROUP // 8], tl.float32)
-        x_sum = tl.zeros([GROUPS, GROUP // 8], tl.float32)
-        for j in tl.static_range(4):
-            # Two bfloat16 a word of x; the weights beside them are the word's bits from 8 j on.
-            pair = tl.load(x_pairs + (k // 8 + word) * 4 + j, mask=there[:, None], other=0)
-            even = (pair << 16).to(tl.float32, bitcast=True)
-            odd = (pair & -65536).to(tl.float32, bitcast=True)
-            x_sum += even + odd
-            half = w if j < 2 else w >> 16
-            part += _four_bits(half, 8 * (j % 2)) * even[None, :, :]
-            part += _four_bits(half, 8 * (j % 2) + 4) * odd[None, :, :]
-        sums += scale * tl.sum(part, 2) + zero * tl.sum(x_sum, 1)[None, :]
-    return tl.sum(sums, 1)[:, None]
+            there = k + at < DEPTH
+            w = tl.load(w_at + k, mask=tl.expand_dims(there, -2), other=0.0)
+            x = tl.load(x_at + k, mask=x_there & tl.expand_dims(there, -1), other=0.0)
+        y = tl.dot(widened(w).to(x.dtype), x, y)
+    if PARTS > 1:
+        y = tl.sum(y, 0)
+    return y
 
 
 @triton.jit
-def _four_bits(w, BIT: tl.constexpr):
-    """float32 of the four bits from BIT on (0, 4, 8 or 12), left where they are: at the end of a mantissa whose
-    exponent makes them units; two instructions, and no conversion of an integer (see `widened`)."""
-    power = tl.constexpr((150 - BIT) << 23)  # 2^(23 - BIT)
-    bits = (w & (15 << BIT)) | power
-    return bits.to(tl.float32, bitcast=True) - tl.constexpr(2.0 ** (23 - BIT))
-
-
-@triton.jit
-def _int4_rows(
+def _int4(
     x_ptr, w_ptr, scale_ptr, rows, last, k0, K: tl.constexpr, DEPTH: tl.constexpr,
     MP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    w_rows = w_ptr + rows.to(tl.int64)[:, None] * (K // 2) + k0 // 2
-    x_cols = x_ptr + tl.minimum(tl.arange(0, MP), last)[None, :] * K + k0
-    y = tl.zeros([BN, MP], tl.float32)
-    for k in tl.range(0, DEPTH, GROUP, num_stages=STAGES):
-        at = k // 2 + tl.arange(0, GROUP // 2)
-        kk = k + tl.arange(0, GROUP)
-        if DEPTH % GROUP == 0:
-            w = tl.load(w_rows + at[None, :])
-            x = tl.load(x_cols + kk[:, None])
+    """BK // GROUP groups of inputs at a time, one below the other: with as many warps, each warp has one to itself, and
+    nothing passes between warps before the end.
+
+    A byte holds the inputs j and j + GROUP / 2 of a group, so both halves meet x as it lies. The products are those of
+    128 + q (`_nibbles`); what the 128 add is in the zeros (`Int4Linear`), which are multiplied by the sum of x. The
+    tensor cores make that sum, too, by a weight of ones: so it is where it is needed.
+    """
+    PARTS: tl.constexpr = BK // GROUP
+    HALF: tl.constexpr = GROUP // 2
+    GROUPS: tl.constexpr = DEPTH // GROUP
+    tl.static_assert(BK % GROUP == 0 and DEPTH % GROUP == 0)
+    part, byte, mm = tl.arange(0, PARTS), tl.arange(0, HALF), tl.arange(0, MP)
+    group = k0 // GROUP + part
+    if PARTS > 1:
+        w_at = w_ptr + rows.to(tl.int64)[None, :, None] * (K // 2) + (group * HALF)[:, None, None] + byte[None, None, :]
+        x_at = x_ptr + mm[None, None, :] * K + (group * GROUP)[:, None, None] + byte[None, :, None]
+        about = scale_ptr + (group[:, None] * ROWS + rows[None, :]) * 2
+        x_there = (mm <= last)[None, None, :]
+        y = tl.zeros([PARTS, BN, MP], tl.float32)
+    else:  # many rows of x: warps share the weight's rows instead
+        w_at = w_ptr + rows.to(tl.int64)[:, None] * (K // 2) + k0 // 2 + byte[None, :]
+        x_at = x_ptr + mm[None, :] * K + k0 + byte[:, None]
+        about = scale_ptr + (k0 // GROUP * ROWS + rows) * 2
+        x_there = (mm <= last)[None, :]
+        y = tl.zeros([BN, MP], tl.float32)
+    for g in tl.range(0, GROUPS, PARTS, num_stages=STAGES):
+        if GROUPS % PARTS == 0:
+            w = tl.load(w_at + g * HALF)
+            scale = tl.load(about + g * (2 * ROWS))
+            zero = tl.load(about + g * (2 * ROWS) + 1)
+            there = x_there
         else:
-            w = tl.load(w_rows + at[None, :], mask=at[None, :] < DEPTH // 2, other=0)
-            x = tl.load(x_cols + kk[:, None], mask=kk[:, None] < DEPTH, other=0.0)
-        where = scale_ptr + ((k0 + k) // GROUP * ROWS + rows) * 2
-        scale, zero = tl.load(where), tl.load(where + 1)
-        q = tl.reshape(tl.join(w & 15, w >> 4), [BN, GROUP]).to(x.dtype)
-        y += tl.dot(q, x) * scale[:, None] + zero[:, None] * tl.sum(x.to(tl.float32), 0)[None, :]
+            part_there = g + part < GROUPS
+            w = tl.load(w_at + g * HALF, mask=part_there[:, None, None], other=0)
+            scale = tl.load(about + g * (2 * ROWS), mask=part_there[:, None], other=0.0)
+            zero = tl.load(about + g * (2 * ROWS) + 1, mask=part_there[:, None], other=0.0)
+            there = part_there[:, None, None] & x_there
+        x_low = tl.load(x_at + g * GROUP, mask=there, other=0.0)
+        x_high = tl.load(x_at + g * GROUP + HALF, mask=there, other=0.0)
+        ones = _ones(w)
+        x_sum = tl.dot(ones, x_high, tl.dot(ones, x_low))
+        products = tl.dot(_nibbles(w, True), x_high, tl.dot(_nibbles(w, False), x_low))
+        y += products * tl.expand_dims(scale, -1) + x_sum * tl.expand_dims(zero, -1)
+    if PARTS > 1:
+        y = tl.sum(y, 0)
     return y
+
+
+@triton.jit
+def _nibbles(w, HIGH: tl.constexpr):
+    """bfloat16 128 + q of bytes' low or high four bits: below the exponent of 2^7, by a permutation of bytes."""
+    SHIFT: tl.constexpr = "shr.b32 q, $2, 4; and.b32 q, q, 0x0F0F0F0F;" if HIGH else "and.b32 q, $2, 0x0F0F0F0F;"
+    return tl.inline_asm_elementwise(
+        "{ .reg .b32 q; " + SHIFT + "prmt.b32 $0, q, 0x43434343, 0x4140; prmt.b32 $1, q, 0x43434343, 0x4342; }",
+        "=&r,=r,r", [w], dtype=tl.bfloat16, is_pure=True, pack=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def _ones(w):
+    """bfloat16 ones in the registers that `_nibbles` has its results in: a constant would be laid out otherwise."""
+    return tl.inline_asm_elementwise(
+        "mov.b32 $0, 0x3F803F80; mov.b32 $1, 0x3F803F80;", "=r,=r,r", [w], dtype=tl.bfloat16, is_pure=True, pack=4
+    )
 
 
 @triton.jit

@@ -65,8 +65,7 @@ class Setup:
         self.model, self.device = model, device
         self.symmetric = SymmetricSum.make(tp, 1024, args.dim, torch.bfloat16, device)
         self.decoder = FusedDecoder(
-            model, self.cache, tp, self.tokens_RL, self.tables_RB, max_num_seqs=ROWS, buckets=buckets,
-            symmetric=self.symmetric,
+            model, self.cache, tp, self.tokens_RL, self.tables_RB, max_num_seqs=ROWS, buckets=buckets
         )  # fmt: skip
 
     def batch(self, n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -188,12 +187,18 @@ def test_ranks(ranks: int) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
-def soak(setup: Setup, tp: TensorParallel, exchanges: int) -> None:
-    """Many steps on ranks that fall behind in turn: whoever read a word of another exchange would see other logits."""
+def few(setup: Setup) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches whose sums go as words, each with rows of its own."""
     sizes = [1, 3, 8] * 3
-    rows = setup.batch(ROWS)[0].split([*sizes, ROWS - sum(sizes)])  # rows of their own: no batch changes another's past
-    batches = [(rows[i], setup.batch(n, seed=i)[1]) for i, n in enumerate(sizes)]
-    first = [setup.decoder(*batch).clone() for batch in batches]
+    rows = setup.batch(ROWS)[0].split([*sizes, ROWS - sum(sizes)])
+    return [(rows[i], setup.batch(n, seed=i)[1]) for i, n in enumerate(sizes)]
+
+
+def soak(setup: Setup, tp: TensorParallel, exchanges: int, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Many steps on ranks that fall behind in turn: whoever read what belongs to another exchange would see other
+    logits."""
+    for _ in range(3):  # a batch may change another's past, until all have been there
+        first = [setup.decoder(*batch).clone() for batch in batches]
     wrong = torch.zeros((), dtype=torch.int64, device=setup.device)
     generator = torch.Generator().manual_seed(SEED + tp.rank)
     per_step = 2 * len(setup.model.layers) + 1
@@ -208,21 +213,21 @@ def soak(setup: Setup, tp: TensorParallel, exchanges: int) -> None:
 
 
 class MixedStep:
-    """Eight sequences that decode and `chunks` prompts of 40 tokens; the fused network's logits and the plain one's."""
+    """Eight sequences that decode and `chunks` prompts of 41 tokens; the fused network's logits and the plain one's."""
 
     def __init__(self, setup: Setup, tp: TensorParallel, chunks: int) -> None:
         from tpserve.model.fused_forward import Chunks, FusedForward
 
         one, chunk = torch.arange(8), torch.arange(8, 8 + chunks)
         contexts = chunk * 13 % 200
-        rows = torch.cat([one, chunk.repeat_interleave(40)]).to(setup.device)
-        after = contexts[:, None] + torch.arange(40)
+        rows = torch.cat([one, chunk.repeat_interleave(41)]).to(setup.device)
+        after = contexts[:, None] + torch.arange(41)
         positions = torch.cat([one * 30 + 5, after.flatten()]).to(setup.device)
-        starts = (8 + 40 * torch.arange(chunks + 1)).to(setup.device)
+        starts = (8 + 41 * torch.arange(chunks + 1)).to(setup.device)
         asked = torch.cat([one.to(setup.device), starts[1:] - 1])
         attend = PagedAttention(
             setup.cache, setup.tables_RB, rows, positions, (one * 30 + 6).tolist(),
-            [SequenceSlice(context, 40) for context in contexts.tolist()],
+            [SequenceSlice(context, 41) for context in contexts.tolist()],
         )  # fmt: skip
         inputs = setup.tokens_RL[rows, positions]
         forward = FusedForward(
@@ -268,9 +273,13 @@ def rank_main() -> None:
             every = [torch.empty_like(logits) for _ in range(tp.size)]
             dist.all_gather(every, logits)
             assert all(torch.equal(other, logits) for other in every), f"{n} sequences: the ranks differ"
-        soak(setup, tp, int(os.environ.get("TPSERVE_SOAK_EXCHANGES", "20000")))
+        exchanges = int(os.environ.get("TPSERVE_SOAK_EXCHANGES", "20000"))
+        soak(setup, tp, exchanges, few(setup))
+        soak(setup, tp, exchanges, [setup.batch(n, seed=n) for n in (66, 72, 67)])  # by `row_exchange.py`
         # Sums in memory that all ranks reach, and by NCCL.
-        mixed = [MixedStep(setup, tp, chunks) for chunks in (10, 64)]
+        mixed = [
+            MixedStep(setup, tp, chunks) for chunks in (10, 63)
+        ]  # of the second, no number of ranks divides the tokens
         check_logits(setup, [1, 3, 8, 20, 50, 70])
         for step in mixed:
             step.check(setup)
