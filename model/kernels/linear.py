@@ -44,7 +44,7 @@ def _qkv_kernel(
     cos = tl.load(angle, mask=rotates, other=1.0)
     sin = tl.load(angle + 1, mask=rotates, other=0.0)
     last = s - 1 if GROUP != 0 else MP - 1  # buffers have MP rows, and reading all needs no mask
-    ahead = begin(w_ptr, cols, 0, K, K, MP, BK, STAGES, GROUP, PREFETCH, EARLY, PDL)
+    ahead = begin(w_ptr, scale_ptr, cols, 0, K, K, MP, BN, BK, STAGES, GROUP, ROWS, PREFETCH, EARLY, PDL)
     slot = tl.load(slots_ptr + mm, mask=mm < s, other=-1)
     sums = load_sums(sums_ptr, P, MP)
     y = product(ahead, x_ptr, w_ptr, scale_ptr, cols, last, 0, K, K, MP, BN, BK, STAGES, GROUP, ROWS)
@@ -74,7 +74,7 @@ def _gate_up_kernel(
     col = tl.program_id(0) * (BN // 2) + j // 2
     rows = tl.minimum(col, F - 1) + F * (j % 2)
     last = s - 1 if GROUP != 0 else MP - 1
-    ahead = begin(w_ptr, rows, 0, K, K, MP, BK, STAGES, GROUP, PREFETCH, EARLY, PDL)
+    ahead = begin(w_ptr, scale_ptr, rows, 0, K, K, MP, BN, BK, STAGES, GROUP, ROWS, PREFETCH, EARLY, PDL)
     sums = load_sums(sums_ptr, P, MP)
     y = product(ahead, x_ptr, w_ptr, scale_ptr, rows, last, 0, K, K, MP, BN, BK, STAGES, GROUP, ROWS)
     gate, up = pairs(y * inverse_rms(sums, K, EPS)[None, :], BN, MP)
@@ -96,7 +96,7 @@ def _residual_kernel(
     cols = pid * BN + tl.arange(0, BN)
     gain = tl.load(gain_ptr + cols).to(tl.float32)
     last = s - 1 if GROUP != 0 else MP - 1
-    ahead = begin(w_ptr, cols, 0, K, K, MP, BK, STAGES, GROUP, PREFETCH, EARLY, PDL)
+    ahead = begin(w_ptr, scale_ptr, cols, 0, K, K, MP, BN, BK, STAGES, GROUP, ROWS, PREFETCH, EARLY, PDL)
     mm = tl.arange(0, MP)
     where = mm[None, :] * N + cols[:, None]
     stored = mm[None, :] < s
@@ -118,7 +118,7 @@ def _push_kernel(
     cols = tl.program_id(0) * BN + tl.arange(0, BN)
     DEPTH: tl.constexpr = K // SPLIT
     last = s - 1 if GROUP != 0 else MP - 1
-    ahead = begin(w_ptr, cols, part * DEPTH, K, DEPTH, MP, BK, STAGES, GROUP, PREFETCH, EARLY, PDL)
+    ahead = begin(w_ptr, scale_ptr, cols, part * DEPTH, K, DEPTH, MP, BN, BK, STAGES, GROUP, ROWS, PREFETCH, EARLY, PDL)
     epoch = tl.load(step_ptr) * per_step + index
     y = product(ahead, x_ptr, w_ptr, scale_ptr, cols, last, part * DEPTH, K, DEPTH, MP, BN, BK, STAGES, GROUP, ROWS)
     mm = tl.arange(0, MP)
@@ -137,7 +137,7 @@ def _logits_kernel(
     cols = tl.program_id(0) * BN + tl.arange(0, BN)
     rows = tl.minimum(cols, N - 1)
     last = s - 1 if GROUP != 0 else MP - 1
-    ahead = begin(w_ptr, rows, 0, K, K, MP, BK, STAGES, GROUP, PREFETCH, EARLY, PDL)
+    ahead = begin(w_ptr, scale_ptr, rows, 0, K, K, MP, BN, BK, STAGES, GROUP, ROWS, PREFETCH, EARLY, PDL)
     sums = load_sums(sums_ptr, P, MP)
     y = product(ahead, x_ptr, w_ptr, scale_ptr, rows, last, 0, K, K, MP, BN, BK, STAGES, GROUP, ROWS)
     y = y * inverse_rms(sums, K, EPS)[None, :]
@@ -156,21 +156,16 @@ MAX_ROWS = 8  # beyond, cuBLAS is as fast as the best tiles were (at 16, 32 and 
 MAX_ROWS_OF = {"": MAX_ROWS, "int8": MAX_ROWS, "fp8": MAX_ROWS, "int4": MAX_ROWS}
 
 
-def padded_rows(s: int, group: int = 0) -> int:
-    """MP: rows that the kernels compute for `s` sequences; their inputs need as many.
-
-    Args:
-        s: at most `MAX_ROWS`.
-        group: of the weight; int4 goes through the tensor cores, which take eight.
-    """
-    return 1 if s == 1 and group <= 0 else MAX_ROWS
+def padded_rows(s: int) -> int:
+    """MP: rows that the kernels compute for `s` sequences, at most `MAX_ROWS`; their inputs need as many."""
+    return 1 if s == 1 else MAX_ROWS
 
 
 def _launch(
     kernel: Any, tile: Tile, programs: int, s: int, pdl: bool, x: torch.Tensor | Normed, w: Matrix,
     *args: Any, **constants: Any,
 ) -> None:  # fmt: skip
-    mp = padded_rows(s, w.group)
+    mp = padded_rows(s)
     prefetch = min(tile.prefetch, 1 << ((w.row_bytes // tile.split).bit_length() - 1))  # nothing beyond a row's end
     inputs = (x.x_SD, x.sums) if isinstance(x, Normed) else (x,)
     kernel[(programs, tile.split)](

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tpserve.model.kernels.paged_attention import beside_float8
+from tpserve.model.kernels.attend import beside_float8
 
 
 @triton.jit(do_not_specialize=["rows_ptr", "starts_ptr", "contexts_ptr", "num_seqs"])

@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from tpserve.model.kernels.int4 import int4, int4_by_lane, lane_groups
+
 
 @triton.jit
 def _load_weights(w_ptr, rows, k0, at, K: tl.constexpr, DEPTH: tl.constexpr, BK: tl.constexpr):
@@ -26,8 +28,8 @@ def _load_weights(w_ptr, rows, k0, at, K: tl.constexpr, DEPTH: tl.constexpr, BK:
 
 @triton.jit
 def begin(
-    w_ptr, rows, k0, K: tl.constexpr, DEPTH: tl.constexpr,
-    MP: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, GROUP: tl.constexpr,
+    w_ptr, scale_ptr, rows, k0, K: tl.constexpr, DEPTH: tl.constexpr,
+    MP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
     PREFETCH: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """What need not wait for the predecessor, and the wait. Returns `product`'s first tile, where it takes one."""
@@ -39,7 +41,9 @@ def begin(
         tl.inline_asm_elementwise(
             "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
         )
-    if MP == 1 and STAGES == 1:
+    if MP == 1 and STAGES == 1 and GROUP > 0:
+        ahead = lane_groups(w_ptr, scale_ptr, k0 // GROUP, 0, K, DEPTH, BN, BK, ROWS)
+    elif MP == 1 and STAGES == 1:
         ahead = _load_weights(w_ptr, rows, k0, 0, K, DEPTH, BK)
     else:
         ahead = 0
@@ -63,8 +67,10 @@ def product(
     last: of the rows of x that there are; what comes out beyond it means nothing. GROUP and scale_ptr: see `Matrix`;
     ROWS: of the whole weight.
     """
-    if GROUP > 0:
-        y = _int4(x_ptr, w_ptr, scale_ptr, rows, last, k0, K, DEPTH, MP, BN, BK, STAGES, GROUP, ROWS)
+    if GROUP > 0 and MP == 1 and STAGES == 1:
+        y = int4_by_lane(ahead, x_ptr, w_ptr, scale_ptr, k0 // GROUP, K, DEPTH, BN, BK, ROWS)
+    elif GROUP > 0:
+        y = int4(x_ptr, w_ptr, scale_ptr, rows, last, k0, K, DEPTH, MP, BN, BK, STAGES, GROUP, ROWS)
     else:
         if MP == 1:
             y = _one_row(ahead, x_ptr, w_ptr, rows, k0, K, DEPTH, BN, BK, STAGES)
@@ -156,7 +162,7 @@ def _widened_rows(
     x_ptr, w_ptr, rows, last, k0, K: tl.constexpr, DEPTH: tl.constexpr,
     MP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """int8 and float8: as `_int4`, 128 inputs where that has a group."""
+    """int8 and float8: as `int4`, 128 inputs where that has a group."""
     PART: tl.constexpr = 128
     PARTS: tl.constexpr = BK // PART
     tl.static_assert(BK % PART == 0)
@@ -185,77 +191,6 @@ def _widened_rows(
     if PARTS > 1:
         y = tl.sum(y, 0)
     return y
-
-
-@triton.jit
-def _int4(
-    x_ptr, w_ptr, scale_ptr, rows, last, k0, K: tl.constexpr, DEPTH: tl.constexpr,
-    MP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """BK // GROUP groups of inputs at a time, one below the other: with as many warps, each warp has one to itself, and
-    nothing passes between warps before the end.
-
-    A byte holds the inputs j and j + GROUP / 2 of a group, so both halves meet x as it lies. The products are those of
-    128 + q (`_nibbles`); what the 128 add is in the zeros (`Int4Linear`), which are multiplied by the sum of x. The
-    tensor cores make that sum, too, by a weight of ones: so it is where it is needed.
-    """
-    PARTS: tl.constexpr = BK // GROUP
-    HALF: tl.constexpr = GROUP // 2
-    GROUPS: tl.constexpr = DEPTH // GROUP
-    tl.static_assert(BK % GROUP == 0 and DEPTH % GROUP == 0)
-    part, byte, mm = tl.arange(0, PARTS), tl.arange(0, HALF), tl.arange(0, MP)
-    group = k0 // GROUP + part
-    if PARTS > 1:
-        w_at = w_ptr + rows.to(tl.int64)[None, :, None] * (K // 2) + (group * HALF)[:, None, None] + byte[None, None, :]
-        x_at = x_ptr + mm[None, None, :] * K + (group * GROUP)[:, None, None] + byte[None, :, None]
-        about = scale_ptr + (group[:, None] * ROWS + rows[None, :]) * 2
-        x_there = (mm <= last)[None, None, :]
-        y = tl.zeros([PARTS, BN, MP], tl.float32)
-    else:  # many rows of x: warps share the weight's rows instead
-        w_at = w_ptr + rows.to(tl.int64)[:, None] * (K // 2) + k0 // 2 + byte[None, :]
-        x_at = x_ptr + mm[None, :] * K + k0 + byte[:, None]
-        about = scale_ptr + (k0 // GROUP * ROWS + rows) * 2
-        x_there = (mm <= last)[None, :]
-        y = tl.zeros([BN, MP], tl.float32)
-    for g in tl.range(0, GROUPS, PARTS, num_stages=STAGES):
-        if GROUPS % PARTS == 0:
-            w = tl.load(w_at + g * HALF)
-            scale = tl.load(about + g * (2 * ROWS))
-            zero = tl.load(about + g * (2 * ROWS) + 1)
-            there = x_there
-        else:
-            part_there = g + part < GROUPS
-            w = tl.load(w_at + g * HALF, mask=part_there[:, None, None], other=0)
-            scale = tl.load(about + g * (2 * ROWS), mask=part_there[:, None], other=0.0)
-            zero = tl.load(about + g * (2 * ROWS) + 1, mask=part_there[:, None], other=0.0)
-            there = part_there[:, None, None] & x_there
-        x_low = tl.load(x_at + g * GROUP, mask=there, other=0.0)
-        x_high = tl.load(x_at + g * GROUP + HALF, mask=there, other=0.0)
-        ones = _ones(w)
-        x_sum = tl.dot(ones, x_high, tl.dot(ones, x_low))
-        products = tl.dot(_nibbles(w, True), x_high, tl.dot(_nibbles(w, False), x_low))
-        y += products * tl.expand_dims(scale, -1) + x_sum * tl.expand_dims(zero, -1)
-    if PARTS > 1:
-        y = tl.sum(y, 0)
-    return y
-
-
-@triton.jit
-def _nibbles(w, HIGH: tl.constexpr):
-    """bfloat16 128 + q of bytes' low or high four bits: below the exponent of 2^7, by a permutation of bytes."""
-    SHIFT: tl.constexpr = "shr.b32 q, $2, 4; and.b32 q, q, 0x0F0F0F0F;" if HIGH else "and.b32 q, $2, 0x0F0F0F0F;"
-    return tl.inline_asm_elementwise(
-        "{ .reg .b32 q; " + SHIFT + "prmt.b32 $0, q, 0x43434343, 0x4140; prmt.b32 $1, q, 0x43434343, 0x4342; }",
-        "=&r,=r,r", [w], dtype=tl.bfloat16, is_pure=True, pack=4,
-    )  # fmt: skip
-
-
-@triton.jit
-def _ones(w):
-    """bfloat16 ones in the registers that `_nibbles` has its results in: a constant would be laid out otherwise."""
-    return tl.inline_asm_elementwise(
-        "mov.b32 $0, 0x3F803F80; mov.b32 $1, 0x3F803F80;", "=r,=r,r", [w], dtype=tl.bfloat16, is_pure=True, pack=4
-    )
 
 
 @triton.jit

@@ -71,12 +71,13 @@ def choose_tiles(s: int, dim: int, head_dim: int, layer_bytes: int, weight: Matr
     if weight.scale is None:
         tiles = _one(dim, mib) if s == 1 else _few(dim, mib)
     else:
-        tiles = _fewer_bits(weight.scheme, dim) if s == 1 else _few_of_fewer_bits(weight.scheme)
+        tiles = _fewer_bits(weight.scheme, weight.group, dim) if s == 1 else _few_of_fewer_bits(weight.scheme)
     return tiles.fit(dim, head_dim)
 
 
-def _fewer_bits(scheme: str, dim: int) -> Tiles:
-    """For one sequence. In int4 a program's depth is the groups that its warps take at a time."""
+def _fewer_bits(scheme: str, group: int, dim: int) -> Tiles:
+    """For one sequence. In int4 a program's depth is the groups that its warps take at a time (one stage: groups of 128
+    only, and not the gate and the up projection)."""
     head = Tile(8, 1024, 4, 3)
     if scheme == "fp8" and dim >= _WIDE:
         tiles = Tiles(Tile(4, 512, 2, 3), Tile(8, 512, 2, 3), Tile(4, 1024, 2, 3), Tile(16, 512, 4, 3), head)
@@ -85,15 +86,15 @@ def _fewer_bits(scheme: str, dim: int) -> Tiles:
     elif scheme == "int8":
         tiles = Tiles(Tile(4, 1024, 2, 3), Tile(4, 1024, 2, 3), Tile(4, 1024, 2, 3), Tile(8, 1024, 2, 3), head)
     else:
-        tile = Tile(32, 256, 2, 4)
-        tiles = Tiles(tile, tile, Tile(32, 512, 4, 4), Tile(32, 1024, 8, 3), head)
+        tile, wide = Tile(32, 256, 2, 4), Tile(32, 512, 4, 4)
+        tiles = Tiles(tile, Tile(16, 2048, 4, 1) if group == 128 else tile, wide, wide, head)
     return tiles.all_with(prefetch=512, early=True)
 
 
 def _few_of_fewer_bits(scheme: str) -> Tiles:
     tile, head = Tile(32, 512, 4, 3), Tile(64, 256, 4, 5)
     if scheme == "int4":
-        tiles = Tiles(tile, Tile(16, 1024, 8, 3), Tile(32, 512, 4, 4), Tile(32, 1024, 8, 3), head)
+        tiles = Tiles(tile, Tile(16, 1024, 8, 3), Tile(32, 512, 4, 4), Tile(16, 1024, 8, 3), head)
         return tiles.all_with(prefetch=1024, early=True)
     return Tiles(tile, tile, tile, tile, head).all_with(early=True)
 

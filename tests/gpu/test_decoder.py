@@ -5,6 +5,7 @@ Run by `python -m torch.distributed.run` this file is one rank of the tests that
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -273,9 +274,6 @@ def rank_main() -> None:
             every = [torch.empty_like(logits) for _ in range(tp.size)]
             dist.all_gather(every, logits)
             assert all(torch.equal(other, logits) for other in every), f"{n} sequences: the ranks differ"
-        exchanges = int(os.environ.get("TPSERVE_SOAK_EXCHANGES", "20000"))
-        soak(setup, tp, exchanges, few(setup))
-        soak(setup, tp, exchanges, [setup.batch(n, seed=n) for n in (66, 72, 67)])  # by `row_exchange.py`
         # Sums in memory that all ranks reach, and by NCCL.
         mixed = [
             MixedStep(setup, tp, chunks) for chunks in (10, 63)
@@ -284,6 +282,13 @@ def rank_main() -> None:
         for step in mixed:
             step.check(setup)
         setup.decoder.close()
+    exchanges = int(os.environ.get("TPSERVE_SOAK_EXCHANGES", "20000"))
+    deep = Setup(dataclasses.replace(SHAPES["wide"], n_layers=24), tp, [1, 4, 8, 72])  # a graph of 49 exchanges
+    for bucket in deep.decoder.buckets:
+        deep.decoder.capture(bucket)
+    soak(deep, tp, exchanges, few(deep))
+    soak(deep, tp, exchanges, [deep.batch(n, seed=n) for n in (66, 72, 67)])  # by `row_exchange.py`
+    deep.decoder.close()
     dist.barrier()
     dist.destroy_process_group()
 
