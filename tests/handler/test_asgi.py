@@ -1,23 +1,17 @@
-"""The second front: paths, streams, clients that go, limits, and who may ask."""
+"""The second front: paths, streams, clients that go, and who may ask; `test_asgi_limits.py` has its limits,
+`test_asgi_ends.py` how it begins and ends."""
 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import json
 import logging
-import socket
-import ssl
-import subprocess
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
-from tests.handler.fakes import FakeEngine
 from tests.handler.frontend import HELLO, ids_of
 from tests.handler.web import PREDICT, Web, serving, wait_for
 from tpserve.handler.wakeups import Wakeup, Wakeups
@@ -194,117 +188,6 @@ def test_a_chat_is_a_stream_of_events(web: Web) -> None:
     assert answer.body.endswith(b"data: [DONE]\n\n")
 
 
-# Limits.
-
-
-@pytest.fixture(scope="module")
-def narrow() -> Iterator[Web]:
-    with serving(max_request_bytes=1000, request_timeout_s=0.4, max_connections=3) as web:
-        yield web
-        assert not web.engine.submitted
-
-
-def _status(connection: socket.socket) -> int:
-    line = b""
-    while b"\r\n" not in line:
-        received = connection.recv(4096)
-        assert received, "closed without a word"
-        line += received
-    return int(line.split()[1])
-
-
-def _closed(connection: socket.socket) -> None:
-    """Returns when the front has closed."""
-    try:
-        while connection.recv(4096):
-            pass
-    except ConnectionResetError:
-        pass
-
-
-def test_a_body_that_is_announced_too_large(narrow: Web) -> None:
-    with narrow.raw(f"{POST}Content-Length: 1001\n\n") as connection:  # nothing of it is waited for
-        assert _status(connection) == 413
-    with narrow.raw(f"{POST}Content-Length: 9{'0' * 18}\nExpect: 100-continue\n\n") as connection:
-        assert _status(connection) == 413
-
-
-def test_a_body_of_unknown_length_is_read_to_the_limit_only(narrow: Web) -> None:
-    chunk = b"64\r\n" + b" " * 100 + b"\r\n"
-    with narrow.raw(f"{POST}Transfer-Encoding: chunked\n\n", chunk * 10) as connection:
-        connection.settimeout(0.2)
-        with pytest.raises(TimeoutError):  # exactly as long as it may be
-            connection.recv(1)
-        connection.settimeout(10)
-        connection.sendall(chunk)
-        assert _status(connection) == 413
-        # Who goes on sending is listened to for a moment, and not for ever.
-        with pytest.raises((BrokenPipeError, ConnectionResetError)):  # noqa: PT012
-            for _ in range(500):
-                connection.sendall(chunk)
-                time.sleep(0.01)
-    assert not narrow.engine.submitted
-
-
-def test_a_refusal_reaches_those_who_send_before_they_look(narrow: Web) -> None:
-    answer = narrow.ask("POST", PREDICT, b" " * 3_000_000)
-    assert (answer.status, answer.headers["connection"]) == (413, "close")
-    assert "max_request_bytes" in answer.json["error"]["message"]
-
-
-@pytest.mark.parametrize("header", ["X-A: {}\n".format("a" * 20_000), "".join(f"X-{i}: a\n" for i in range(101))])
-def test_headers_that_are_too_many_or_too_long(narrow: Web, header: str) -> None:
-    with narrow.raw(f"GET /health HTTP/1.1\nHost: x\n{header}\n") as connection:
-        assert _status(connection) == 431
-
-
-def test_headers_that_never_end_are_cut_at_their_limit(narrow: Web) -> None:
-    with narrow.raw("GET /health HTTP/1.1\nX-A: " + "a" * 40_000) as connection:
-        assert _status(connection) == 431
-
-
-@pytest.mark.parametrize("coding", ["gzip", "br"])
-def test_bodies_are_not_unpacked(narrow: Web, coding: str) -> None:
-    assert narrow.ask("POST", PREDICT, HELLO, {"Content-Encoding": coding}).status == 415
-
-
-def test_a_body_that_is_too_slow(narrow: Web) -> None:
-    begun_s = time.monotonic()
-    with narrow.raw(f"{POST}Content-Length: 100\n\n{{") as connection:
-        assert _status(connection) == 408
-        assert 0.3 < time.monotonic() - begun_s < 2
-
-
-@pytest.mark.parametrize("sent", ["", "GET /health HTTP/1.1\nX-A"], ids=["nothing", "half a header"])
-def test_headers_that_do_not_come(narrow: Web, sent: str) -> None:
-    with narrow.raw(sent) as connection:
-        connection.settimeout(3)
-        _closed(connection)
-
-
-def test_more_requests_than_may_be_open(narrow: Web) -> None:
-    with ThreadPoolExecutor() as pool:
-        asked = [pool.submit(narrow.ask, "POST", PREDICT, WHOLE) for _ in range(3)]
-        engine_ids = narrow.submitted(at_least=3)
-        refused = narrow.ask("POST", PREDICT, HELLO)
-        assert (refused.status, refused.headers["retry-after"]) == (503, "1")
-        assert narrow.ask("GET", "/health").status == 200  # or the busiest server would be restarted
-        for engine_id in engine_ids:
-            narrow.engine.say(engine_id, ids_of("once"), "stop")
-        assert [one.result().status for one in asked] == [200] * 3
-
-
-def test_more_bytes_of_bodies_than_are_held() -> None:
-    with serving(engine=FakeEngine()) as web:
-        web.front._limits = dataclasses.replace(web.front._limits, max_buffered_bytes=1000)
-        with web.raw(f"{POST}Content-Length: 1001\n\n{' ' * 990}"):
-            wait_for(lambda: web.front._num_buffered == 990)
-            refused = web.ask("POST", PREDICT, HELLO)
-            assert (refused.status, refused.headers["retry-after"]) == (503, "1")
-        wait_for(lambda: web.front.num_requests == 0)
-        assert web.ask("POST", PREDICT, {"prompt": 1}).status == 400  # what was held has been given back
-
-
 # Who may ask.
 
 
@@ -377,71 +260,3 @@ def test_other_sites_pages_may_not_ask_unless_they_are_named(web: Web) -> None:
         assert (refused.status, refused.headers["access-control-allow-origin"]) == (401, origin["Origin"])
         other = open_web.ask("GET", "/health", headers={**origin, "Origin": "https://c.example"})
         assert "access-control-allow-origin" not in other.headers
-
-
-# Beginnings and ends.
-
-
-def test_while_the_engine_starts() -> None:
-    with serving(ready=False) as web:
-        assert web.ask("GET", "/health/live").status == 200
-        for path in ("/health", "/health/ready", "/metrics"):
-            assert web.ask("GET", path).status == 503
-        refused = web.ask("POST", PREDICT, HELLO)
-        assert (refused.status, refused.headers["retry-after"]) == (503, "5")
-
-
-def test_draining_lets_run_what_runs_and_takes_nothing_new() -> None:
-    with serving() as web, ThreadPoolExecutor() as pool:
-        running = pool.submit(web.ask, "POST", PREDICT, HELLO)
-        (engine_id,) = web.submitted()
-        web.front.draining = True
-        for path in ("/health", "/health/ready"):
-            health = web.ask("GET", path)
-            assert (health.status, health.json["status"]) == (503, "draining")
-        assert web.ask("GET", "/health/live").status == 200
-        refused = web.ask("POST", PREDICT, HELLO)
-        assert (refused.status, refused.headers["retry-after"], refused.headers["connection"]) == (503, "5", "close")
-        assert web.ask("GET", "/status").status == 200
-        web.engine.say(engine_id, ids_of("once"), "stop")
-        assert running.result().json["finish_reason"] == "stop"
-
-
-def test_what_is_cut_off_says_so() -> None:
-    with serving() as web, ThreadPoolExecutor() as pool:
-        running = [pool.submit(web.ask, "POST", PREDICT, HELLO)]
-        (begun,) = web.submitted()
-        web.engine.say(begun, ids_of("once"))
-        running += [pool.submit(web.ask, "POST", PREDICT, body) for body in (HELLO, WHOLE)]
-        engine_ids = web.submitted(at_least=3)
-        time.sleep(0.1)  # for the first line to be sent
-        asyncio.run_coroutine_threadsafe(_fail_all(web), web.loop).result()
-        answers = [one.result() for one in running]
-        wait_for(lambda: set(web.engine.cancelled) == set(engine_ids))  # after the client has its answer
-    assert [answer.status for answer in answers] == [200, 503, 503]
-    lines = [json.loads(answer.body.splitlines()[-1]) for answer in answers]
-    assert {line["error"]["message"] for line in lines} == {"the server is shutting down"}
-    assert [line.get("finish_reason") for line in lines] == ["error", None, None]
-
-
-async def _fail_all(web: Web) -> None:
-    web.front.fail_all("the server is shutting down")
-
-
-def test_https_for_those_who_have_a_certificate(tmp_path: Path) -> None:
-    made = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
-    cert, key = str(tmp_path / "cert"), str(tmp_path / "key")
-    files = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", cert]
-    subprocess.run(["openssl", *made.split(), *files], check=True, capture_output=True)
-    question = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
-    context = ssl.create_default_context(cafile=cert)
-    context.maximum_version = ssl.TLSVersion.TLSv1_2  # where it is the server who may choose badly
-    with serving(ssl_certfile=cert, ssl_keyfile=key, ssl_ca_certs=cert) as web:
-        with web.raw("") as plain, pytest.raises((ssl.SSLError, ConnectionResetError)):
-            context.wrap_socket(plain, server_hostname="127.0.0.1")
-        context.load_cert_chain(cert, key)
-        with web.raw("") as plain, context.wrap_socket(plain, server_hostname="127.0.0.1") as known:
-            name, *_ = known.cipher() or ("",)
-            assert name.startswith("ECDHE") and ("GCM" in name or "CHACHA20" in name)  # noqa: PT018
-            known.sendall(question)
-            assert known.recv(15) == b"HTTP/1.1 200 OK"
