@@ -43,6 +43,31 @@ def test_products(scheme: str, n: int, k: int, t: int) -> None:
     assert (got - exact).norm() / exact.norm() < (4e-2 if scheme == "fp8" else 5e-3)
 
 
+@pytest.mark.parametrize("scheme", list(LAYERS))
+@pytest.mark.parametrize("k", [384, 4096, 11008])
+@pytest.mark.parametrize("s", [1, 5, 8])
+def test_products_of_a_decode_step(scheme: str, k: int, s: int) -> None:
+    """Of shapes that take several rounds of a program, and of one that takes less than a round."""
+    from tpserve.model.kernels import linear
+    from tpserve.model.kernels.norm import Normed
+    from tpserve.model.kernels.tiles import choose_tiles
+    from tpserve.model.matrix import join
+
+    n = 256
+    layer: Any = LAYERS[scheme]((torch.randn(n, k, device="cuda") * k**-0.5).bfloat16())
+    x = torch.randn(8, k, device="cuda").bfloat16()
+    weight = join(layer)
+    tiles = choose_tiles(s, n, 64, weight.nbytes, weight)
+    for tile in (tiles.wo, tiles.down):
+        into = Normed(
+            torch.zeros(8, n, device="cuda"), x.new_zeros(8, n), torch.zeros(8 * n, device="cuda"), 1e-5
+        )  # fmt: skip
+        linear.add_product(x, weight, into, torch.ones(n, device="cuda"), s, tile, pdl=True)
+        exact = x[:s].double() @ layer.dequantized().double().t()
+        assert (into.residual_SD[:s] - exact).norm() / exact.norm() < 1e-4
+        assert not into.residual_SD[s:].any()
+
+
 def test_joined_layers_share_memory_and_go_on_working() -> None:
     from tpserve.model.matrix import join
 
