@@ -62,9 +62,9 @@ def sample(logits_NV: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
     """
     vocab_size = logits_NV.shape[1]
     assert vocab_size <= _MAX_VOCAB
-    max_N, greedy_N = logits_NV.max(dim=-1)
     if not batch.any_random:
-        return greedy_N
+        return logits_NV.argmax(dim=-1)
+    max_N, greedy_N = logits_NV.max(dim=-1)
     logits_NP = torch.nn.functional.pad(logits_NV, (0, -vocab_size % _BLOCK), value=-torch.inf)
     max_N1 = max_N[:, None].clamp(min=torch.finfo(torch.float32).min)  # -inf less -inf would be NaN
     weight_NP = _weights(logits_NP, max_N1, batch)
