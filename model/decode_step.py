@@ -2,7 +2,8 @@
 
 Few sequences (up to `linear.MAX_ROWS`) go through kernels that stream the weights; more through cuBLAS, with kernels in
 between. Over several ranks sums and logits are exchanged through each other's memory (`all_reduce.py`) while they are
-small, by torch's two-shot all-reduce when they are larger, and through NCCL where there is no such memory.
+small, summed, added and normed a row at a time when they are larger (`row_exchange.py`), and go through NCCL where
+there is no such memory.
 
 Shape suffixes: S rows of the step, D residual width, N rows of a joined matrix, H query and K key/value heads of this
 rank, E head width, F feed-forward width of this rank, V vocabulary, R, L, B as in `engine/rows.py`.
@@ -74,7 +75,6 @@ class DecodeStep:
         rows_S, positions_S: int64 input; position -1 is padding.
         layers: the joined weights.
         logits_SV: float32 output.
-        few_rows: S up to which a step takes the kernels that stream the weights.
         tiles: of their products by S; tuning may put others here.
     """
 
@@ -123,11 +123,10 @@ class DecodeStep:
         self._splits = {s: choose_splits(s, kv_heads, tokens_RL.shape[1], processors) for s in batch_sizes}
         items = max(s * splits for s, splits in self._splits.items())
         self._scratch = decode_scratch(largest, h, e, -(-items // largest), device)
-        self.few_rows = linear.MAX_ROWS_OF[first.w13_ND.scheme]
         weights = (first.wqkv_ND, first.wo_DN, first.w13_ND, first.w2_DF)
         layer_bytes = sum(weight.nbytes for weight in weights)
         self.tiles = {
-            s: choose_tiles(s, args.dim, e, layer_bytes, first.w13_ND) for s in batch_sizes if s <= self.few_rows
+            s: choose_tiles(s, args.dim, e, layer_bytes, weights) for s in batch_sizes if s <= linear.MAX_ROWS
         }
         self._per_step = 2 * len(self.layers) + 1
         self._exchange = self._make_exchange() if tp.size > 1 else None
@@ -137,6 +136,16 @@ class DecodeStep:
     def exchanges_words(self) -> bool:
         """Whether small sums go through the ranks' memory."""
         return self._exchange is not None
+
+    @property
+    def exchanges_rows(self) -> bool:
+        """Whether larger sums do."""
+        return self._rows is not None
+
+    @property
+    def normed(self) -> torch.Tensor:
+        """[S, D]: the last step's activations before the head, all ranks' alike; for tests."""
+        return self._normed.x_SD
 
     def _make_exchange(self) -> WordExchange | None:
         """None, on all ranks alike, where a rank cannot reach another's memory."""
@@ -160,7 +169,7 @@ class DecodeStep:
 
     def enqueue(self, s: int) -> None:
         """One step of the first `s` input rows; leaves logits for as many."""
-        few = s <= self.few_rows
+        few = s <= linear.MAX_ROWS
         layers, gains = self.layers, [layer.attention_norm_D for layer in self.layers] + [self._norm_D]
         parts = norm.embed(
             self._tokens_RL, self._tables_RB, self.rows_S[:s], self.positions_S[:s], self._embeddings_VD, gains[0],
@@ -192,7 +201,7 @@ class DecodeStep:
 
     def _qkv(self, i: int, parts: int, s: int) -> None:
         layer, k, v = self.layers[i], self._cache.k[i], self._cache.v[i]
-        if s <= self.few_rows:
+        if s <= linear.MAX_ROWS:
             linear.qkv(
                 self._normed, parts, layer.wqkv_ND, self._q_SHE, k, v, self._rope_PC2, self.positions_S, self._slots_S,
                 s, self.tiles[s].qkv, pdl=self._pdl,
@@ -216,7 +225,7 @@ class DecodeStep:
         if words is not None:
             words.push_matrix(partial, index)
             return words.add(self._normed, gain_D, s, index, 1, pdl=False)
-        if self._rows is not None:
+        if self._rows is not None and tile is None:
             self._rows.add_norm(self._normed.residual_SD, gain_D, self._normed.eps, s)
             return 0  # these rows are divided by their norm already
         if self._tp.size > 1:
@@ -224,7 +233,7 @@ class DecodeStep:
         return norm.add(partial, self._normed, gain_D, pdl=self._pdl)
 
     def _logits(self, parts: int, s: int) -> None:
-        few, index = s <= self.few_rows, self._per_step - 1
+        few, index = s <= linear.MAX_ROWS, self._per_step - 1
         words = self._exchange if few else None
         out = self.logits_SV if self._tp.size == 1 or words is not None else self._own_logits_SV
         if few:

@@ -15,7 +15,7 @@ import torch
 
 from tpserve.model.decode_step import FusedLayer
 from tpserve.model.kernels import pointwise
-from tpserve.model.kernels.mixed import matmul
+from tpserve.model.kernels.mixed import MAX_MIXED_ROWS, matmul
 from tpserve.model.kernels.paged_attention import (
     DecodeScratch,
     choose_splits,
@@ -142,8 +142,10 @@ class FusedForward:
         variants = decode_variants(
             len(self._tables_RB), self._cache.k[0], self._model.output.weight.dtype
         )  # fmt: skip
+        many = MAX_MIXED_ROWS + 1  # from here on matrices of fewer bits are widened in memory
         for num_decodes, num_chunks in [(0, 1), (0, 17), *((n, 1) for n in variants)]:
-            none = torch.zeros(num_decodes or 64, dtype=torch.int64, device=self._tables_RB.device)
+            tokens = num_decodes or (64 if num_chunks == 1 else many)
+            none = torch.zeros(tokens, dtype=torch.int64, device=self._tables_RB.device)
             empty_P = none.new_zeros(num_chunks)
             chunks = Chunks(empty_P, none.new_full((num_chunks + 1,), num_decodes), empty_P)
             self(none, none, torch.full_like(none, -1), num_decodes, chunks, None)

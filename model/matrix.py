@@ -67,6 +67,7 @@ def join(*linears: nn.Module) -> Matrix:
     if isinstance(first, Int8Linear | Float8Linear):
         return Matrix(_joined("q_NK", 0, *linears), _joined("scale_N", 0, *linears), ROW_SCALES)
     assert isinstance(first, Int4Linear), first
+    assert first.halved, "made on another device"
     return Matrix(_joined("q_NK", 0, *linears), _joined("scale_GN2", 1, *linears), first.group)
 
 

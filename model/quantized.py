@@ -4,7 +4,7 @@
   `int8_mode`).
 - `int4`: a scale and a zero for every 128 inputs of an output feature, asymmetric; activations as they are.
 - `fp8`: float8_e4m3fn with a scale an output feature; in bfloat16 on a GPU activations are float8, too, with a scale
-  a token.
+  a token, except for the few that the kernels of a decode step multiply (`kernels/linear.py`).
 
 Products are torch's own where it has fast ones for the device and the type; elsewhere weights are widened for each
 product, which saves memory but no time. Embedding, head and norms keep their type.
@@ -118,8 +118,8 @@ class Int4Linear(nn.Module):
     """y = x · (scale · q + zero)ᵀ with q from 0 to 15, and a scale and a zero for each group of inputs.
 
     On a CPU, in bfloat16, q and scales lie in the order and with the offset of 8 that torch's product wants. On a GPU a
-    byte holds the inputs j and j + group / 2 of a group, and zeros are those of 128 + q (`kernels/product.py`).
-    Elsewhere both are as `quantized_format.py` says.
+    byte holds the inputs j and j + group / 2 of a group, and zeros are those of 128 + q (`kernels/int4.py`). Elsewhere
+    both are as `quantized_format.py` says. So a layer stays on the kind of device that it was made on.
 
     Args:
         weight_NK: floating point.
@@ -147,14 +147,16 @@ class Int4Linear(nn.Module):
         self.group, self.shape = group, (q_NK.shape[0], 2 * q_NK.shape[1])
         # In float32 torch's product takes ten times as long as widening.
         self.packed = q_NK.device.type == "cpu" and q_NK.shape[0] % 16 == 0 and dtype == torch.bfloat16
+        self.halved = q_NK.is_cuda
         if self.packed:
-            q_NK = _packed(q_NK)
-            scale_GN2[..., 1] += 8 * scale_GN2[..., 0]
-        elif q_NK.is_cuda:
-            q_NK = in_halves(q_NK, group)
-            scale_GN2[..., 1] -= 128 * scale_GN2[..., 0]
+            q_NK, offset = _packed(q_NK), 8
+        elif self.halved:
+            q_NK, offset = in_halves(q_NK, group), -128
+        else:
+            offset = 0
+        step_GN, zero_GN = scale_GN2.unbind(-1)
         self.register_buffer("q_NK", q_NK)
-        self.register_buffer("scale_GN2", scale_GN2)
+        self.register_buffer("scale_GN2", torch.stack([step_GN, zero_GN + offset * step_GN], -1))
 
     def forward(self, x_TK: torch.Tensor) -> torch.Tensor:
         """[T, N] in x's type."""
@@ -171,11 +173,9 @@ class Int4Linear(nn.Module):
         return self._widened(torch.float32)
 
     def _widened(self, dtype: torch.dtype) -> torch.Tensor:
-        q_NK, scale_GN2 = self.q_NK, self.scale_GN2
-        if q_NK.is_cuda:
-            q_NK = in_pairs(q_NK, self.group)
-            scale_GN2 = torch.stack([scale_GN2[..., 0], scale_GN2[..., 1] + 128 * scale_GN2[..., 0]], -1)
-        return Format("int4", self.group).dequantise(q_NK, scale_GN2, dtype)
+        if self.halved:
+            return from_halves(self.q_NK, self.scale_GN2, self.group, dtype)
+        return Format("int4", self.group).dequantise(self.q_NK, self.scale_GN2, dtype)
 
 
 def in_halves(q_NK: torch.Tensor, group: int) -> torch.Tensor:
@@ -185,11 +185,16 @@ def in_halves(q_NK: torch.Tensor, group: int) -> torch.Tensor:
     return (low | high << 4).view_as(q_NK)
 
 
-def in_pairs(q_NK: torch.Tensor, group: int) -> torch.Tensor:
-    """The inverse of `in_halves`."""
-    bytes_NGP = q_NK.view(q_NK.shape[0], -1, group // 2)
-    inputs_NGI = torch.cat([bytes_NGP & 15, bytes_NGP >> 4], -1)
-    return (inputs_NGI[..., ::2] | inputs_NGI[..., 1::2] << 4).view_as(q_NK)
+def from_halves(q_NK: torch.Tensor, scale_GN2: torch.Tensor, group: int, dtype: torch.dtype) -> torch.Tensor:
+    """The weight [N, K] of `in_halves`' bytes and of zeros of 128 + q, computed in float32; a few rows at a time."""
+    out_NK = q_NK.new_empty(q_NK.shape[0], 2 * q_NK.shape[1], dtype=dtype)
+    for first in range(0, len(q_NK), _PACKED_ROWS):
+        rows = slice(first, first + _PACKED_ROWS)
+        bytes_NGP = q_NK[rows].unflatten(1, (-1, group // 2))  # type: ignore[no-untyped-call]
+        q_NGI = torch.cat([bytes_NGP & 15, bytes_NGP >> 4], -1).float() + 128
+        scale_NG1, zero_NG1 = scale_GN2[:, rows].transpose(0, 1)[..., None].unbind(2)
+        out_NK[rows] = (q_NGI * scale_NG1 + zero_NG1).flatten(1)
+    return out_NK
 
 
 def _packed(q_NK: torch.Tensor) -> torch.Tensor:

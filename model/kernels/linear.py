@@ -152,9 +152,6 @@ def _logits_kernel(
 
 MAX_ROWS = 8  # beyond, cuBLAS is as fast as the best tiles were (at 16, 32 and 64 rows on an H200: 1 to 2%)
 
-# Of each scheme ("": bfloat16).
-MAX_ROWS_OF = {"": MAX_ROWS, "int8": MAX_ROWS, "fp8": MAX_ROWS, "int4": MAX_ROWS}
-
 
 def padded_rows(s: int) -> int:
     """MP: rows that the kernels compute for `s` sequences, at most `MAX_ROWS`; their inputs need as many."""

@@ -1,8 +1,9 @@
 """Products of many rows with weights of any number of bits.
 
-Up to `MAX_MIXED_ROWS` rows a step is bound by reading weights: a kernel widens them as it reads (`product.py`). Beyond,
-int8 and int4 weights are widened to bfloat16 in memory first, for cuBLAS: a pass over the weights, next to products
-that are bound by the processors. float8 weights are multiplied by float8 activations, which have a scale a row.
+int8 and int4: up to `MAX_MIXED_ROWS` rows a step is bound by reading weights, and a kernel widens them as it reads
+(`product.py`); beyond, they are widened to bfloat16 in memory first, for cuBLAS: a pass over the weights, next to
+products that are bound by the processors. float8 weights are multiplied by float8 activations, which have a scale a
+row, by torch, where 16 divides their sizes.
 
 Shape suffixes: T rows, N and K as in y[T, N] = x[T, K] @ w[N, K]ᵀ.
 """

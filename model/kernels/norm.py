@@ -23,8 +23,8 @@ class Normed:
     """A residual stream and what the next product needs of its norm; buffers of at least S rows.
 
     Attributes:
-        residual_SD: float32.
-        x_SD: residual · gain, in the weights' type.
+        residual_SD: float32; behind `RowExchange`, right in this rank's share of the rows only.
+        x_SD: residual · gain, in the weights' type; behind `RowExchange`, the norm itself.
         sums: float32; the first S·P hold the parts of the sums of squares, [S, P].
         eps: of the norm.
     """

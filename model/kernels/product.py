@@ -42,6 +42,7 @@ def begin(
             "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
         )
     if MP == 1 and STAGES == 1 and GROUP > 0:
+        tl.static_assert(GROUP == 128 and DEPTH % GROUP == 0)
         ahead = lane_groups(w_ptr, scale_ptr, k0 // GROUP, 0, K, DEPTH, BN, BK, ROWS)
     elif MP == 1 and STAGES == 1:
         ahead = _load_weights(w_ptr, rows, k0, 0, K, DEPTH, BK)

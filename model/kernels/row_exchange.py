@@ -9,7 +9,8 @@ Meeting: a rank stores the program's count of meetings into a flag of its own in
 waits until the others' flags in its own memory say the same (acquire). A flag is not overwritten before it is read: who
 stores the next start has passed the end, for which it needed our end, which we say after we have read its start; and
 likewise from end to end. All ranks launch the same programs in the same order, so their counts agree, also in graphs.
-All programs of a launch are on the device at once, or they would wait for some that wait for them: see `MAX_PROGRAMS`.
+Programs wait for those of the same index only, and devices begin them in the order of their indices: of the lowest
+index that has not ended, all ranks' programs are on their devices, whether or not all of a launch have a place there.
 
 Shape suffixes: S rows of the step, D residual width.
 """
@@ -27,8 +28,7 @@ import triton.language as tl
 
 from tpserve.model.parallel import TensorParallel
 
-MAX_PROGRAMS = 512  # of eight warps: four a multiprocessor, which has places for eight
-_START, _END = 0, 1
+MAX_PROGRAMS = 512  # as many flags; 1,024 rows on two ranks
 
 
 @triton.jit

@@ -59,20 +59,26 @@ _SMALL, _MEDIUM = 144, 290
 _WIDE = 8192  # D from which rows are so long that other tiles are best (70B on 4 ranks: 408 MiB)
 
 
-def choose_tiles(s: int, dim: int, head_dim: int, layer_bytes: int, weight: Matrix) -> Tiles:
+def choose_tiles(
+    s: int, dim: int, head_dim: int, layer_bytes: int, weights: tuple[Matrix, Matrix, Matrix, Matrix]
+) -> Tiles:
     """Tiles for steps of `s` sequences.
 
     Args:
         dim: D; head_dim: E.
         layer_bytes: weights of one layer on this rank.
-        weight: one of them: they have the same number of bits.
+        weights: those that `qkv`, `wo`, `gate_up` and `down` are for. They may differ in their form: a rank's slice
+            of a matrix may be too narrow for the others' groups.
     """
-    mib = layer_bytes / 2**20
-    if weight.scale is None:
-        tiles = _one(dim, mib) if s == 1 else _few(dim, mib)
-    else:
-        tiles = _fewer_bits(weight.scheme, weight.group, dim) if s == 1 else _few_of_fewer_bits(weight.scheme)
-    return tiles.fit(dim, head_dim)
+
+    def of(weight: Matrix) -> Tiles:
+        mib = layer_bytes / 2**20
+        if weight.scale is None:
+            return _one(dim, mib) if s == 1 else _few(dim, mib)
+        return _fewer_bits(weight.scheme, weight.group, dim) if s == 1 else _few_of_fewer_bits(weight.scheme)
+
+    qkv, wo, gate_up, down = (of(weight) for weight in weights)
+    return Tiles(qkv.qkv, wo.wo, gate_up.gate_up, down.down, qkv.head).fit(dim, head_dim)
 
 
 def _fewer_bits(scheme: str, group: int, dim: int) -> Tiles:

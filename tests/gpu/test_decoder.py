@@ -32,7 +32,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU"),
 ]
 ROWS, MAX_LEN, BLOCK = 72, 320, 16
-# The second has shapes that no tile divides: feed-forward 344 (172 on each of two ranks) and 515 tokens.
+# The second has shapes that no tile divides: feed-forward 344 (176 and 168 on two ranks) and 515 tokens.
 SHAPES = {
     "wide": ModelArgs(512, 2, 4, 4, 512, 1024),
     "odd": ModelArgs(256, 3, 8, 2, 515, 344),
@@ -267,6 +267,7 @@ def rank_main() -> None:
             continue
         setup = Setup(SHAPES[shape], tp, [1, 4, 8, 16, 32, 64, 72])
         assert setup.decoder.step.exchanges_words
+        assert setup.decoder.step.exchanges_rows
         for bucket in setup.decoder.buckets:
             setup.decoder.capture(bucket)
         for n in (1, 3, 8, 20, 50, 70):
@@ -274,6 +275,11 @@ def rank_main() -> None:
             every = [torch.empty_like(logits) for _ in range(tp.size)]
             dist.all_gather(every, logits)
             assert all(torch.equal(other, logits) for other in every), f"{n} sequences: the ranks differ"
+            # Logits are gathered, and so are alike whatever a rank has; what they are made of must be, too.
+            normed = setup.decoder.step.normed[:n].clone()
+            whole = [torch.empty_like(normed) for _ in range(tp.size)]
+            dist.all_gather(whole, normed)
+            assert all(torch.equal(other, normed) for other in whole), f"{n} sequences: the ranks' activations differ"
         # Sums in memory that all ranks reach, and by NCCL.
         mixed = [
             MixedStep(setup, tp, chunks) for chunks in (10, 63)
@@ -283,7 +289,9 @@ def rank_main() -> None:
             step.check(setup)
         setup.decoder.close()
     exchanges = int(os.environ.get("TPSERVE_SOAK_EXCHANGES", "20000"))
-    deep = Setup(dataclasses.replace(SHAPES["wide"], n_layers=24), tp, [1, 4, 8, 72])  # a graph of 49 exchanges
+    deep = Setup(
+        dataclasses.replace(SHAPES["wide"], n_layers=24), tp, [1, 4, 8, 66, 67, 72]
+    )  # graphs of 49 exchanges each
     for bucket in deep.decoder.buckets:
         deep.decoder.capture(bucket)
     soak(deep, tp, exchanges, few(deep))

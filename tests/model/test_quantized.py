@@ -18,6 +18,8 @@ from tpserve.model.quantized import (
     Int4Linear,
     Int8Linear,
     _from_float8,
+    from_halves,
+    in_halves,
     is_quantized,
     quantize,
     weight_bytes,
@@ -68,6 +70,16 @@ def test_every_number_of_float8_is_widened_exactly() -> None:
     numbers = every[every.float().isfinite()].view(2, 127)
     for dtype in (torch.bfloat16, torch.float32):
         assert torch.equal(_from_float8(numbers, dtype), numbers.to(dtype))
+
+
+@pytest.mark.parametrize("group", [32, 128])
+def test_int4_as_gpus_have_it_is_the_same_weight(group: int) -> None:
+    torch.manual_seed(group)
+    layer = Int4Linear(torch.randn(40, 3 * group), group)
+    step_GN, zero_GN = layer.scale_GN2.unbind(-1)
+    scale_GN2 = torch.stack([step_GN, zero_GN - 128 * step_GN], -1)
+    got = from_halves(in_halves(layer.q_NK, group), scale_GN2, group, torch.float32)
+    torch.testing.assert_close(got, layer.dequantized(), rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("rows", [48, 4096 + 48])
