@@ -1,15 +1,14 @@
 """Where the device's work is put, so that the host can go on while it is done.
 
-A CUDA stream is such a queue already: kernels are launched and the call returns. On a CPU there is no other device: the
-work waits until its results are asked for.
+A CUDA stream is such a queue already: kernels are launched and the call returns. A CPU computes in the thread that
+asks; so there the device is a thread of its own.
 """
 
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -17,19 +16,11 @@ import torch
 T = TypeVar("T")
 
 
-class Result(Protocol):
-    """Of a job."""
-
-    def result(self) -> Any:
-        """Waits for the job; what it returned, or raises what it, or one before it, raised. Then the queue is over."""
-        ...
-
-
 class DeviceQueue(Protocol):
     """Runs jobs one after another, in order."""
 
-    def submit(self, job: Callable[[], Any]) -> Result:
-        """Puts a job at the end."""
+    def submit(self, job: Callable[[], Any]) -> Future[Any]:
+        """Puts a job at the end; the future holds what it returned or raised."""
         ...
 
     def prepare(self, job: Callable[[], T]) -> T:
@@ -51,51 +42,24 @@ class StreamQueue:
         return job()
 
 
-class HostQueue:
-    """CPU: whoever asks for a result computes it, and what was put before it.
+class ThreadQueue:
+    """CPU: a thread that computes, and the only one of the process.
 
-    The cores that compute a step are the host's as well, and every loop of a step ends with its slowest thread: what
-    the host does meanwhile costs as much as between two steps. A thread of its own for the device costs more: wake-ups
-    at each job, and waits for the interpreter's lock between the parts of a step.
-
-    It is always the same thread that asks. libgomp's threads wait for each other in a loop for a while before they
-    sleep, so that a step of hundreds of parallel loops is not one of hundreds of wake-ups; but not if there are more of
-    them than cores, and every thread that computes has a team of its own.
+    libgomp's threads wait for each other in a loop for a while before they sleep, so that a step of hundreds of
+    parallel loops is not one of hundreds of wake-ups; but not if there are more of them than cores, and every thread
+    that computes has a team of its own.
     """
 
     def __init__(self) -> None:
-        self._jobs: deque[_Deferred] = deque()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tpserve-device")
 
-    def submit(self, job: Callable[[], Any]) -> Result:
+    def submit(self, job: Callable[[], Any]) -> Future[Any]:
         """See `DeviceQueue`."""
-        deferred = _Deferred(self, job)
-        self._jobs.append(deferred)
-        return deferred
+        return self._thread.submit(_in_inference_mode, job)
 
     def prepare(self, job: Callable[[], T]) -> T:
         """See `DeviceQueue`."""
-        return job()
-
-    def run_next(self) -> None:
-        """Does the oldest job that is left."""
-        self._jobs.popleft().run()
-
-
-class _Deferred:
-    """A job of a `HostQueue`; a `Result`."""
-
-    def __init__(self, queue: HostQueue, job: Callable[[], Any]) -> None:
-        self._queue, self._job, self._done = queue, job, False
-        self._value: Any = None
-
-    def run(self) -> None:
-        self._value = _in_inference_mode(self._job)
-        self._done = True
-
-    def result(self) -> Any:
-        while not self._done:
-            self._queue.run_next()
-        return self._value
+        return self._thread.submit(job).result()
 
 
 def _in_inference_mode(job: Callable[[], Any]) -> Any:
@@ -105,7 +69,7 @@ def _in_inference_mode(job: Callable[[], Any]) -> Any:
 
 def device_queue(device: torch.device) -> DeviceQueue:
     """The queue for a device."""
-    return StreamQueue() if device.type == "cuda" else HostQueue()
+    return StreamQueue() if device.type == "cuda" else ThreadQueue()
 
 
 class DeviceClock(Protocol):
@@ -144,8 +108,8 @@ class StreamClock:
         return self._anchor_ns + int(self._anchor.elapsed_time(mark) * 1e6)
 
 
-class HostClock:
-    """CPU: the host's own clock."""
+class ThreadClock:
+    """CPU: the thread's own clock."""
 
     def mark(self) -> int:
         """See `DeviceClock`."""
@@ -158,4 +122,4 @@ class HostClock:
 
 def device_clock(device: torch.device) -> DeviceClock:
     """The clock of a device."""
-    return StreamClock(device) if device.type == "cuda" else HostClock()
+    return StreamClock(device) if device.type == "cuda" else ThreadClock()

@@ -93,6 +93,8 @@ def build_core(config: EngineConfig, device: torch.device, tp: TensorParallel) -
         SelfTestError: the ranks compute something else than the checkpoint says.
     """
     queue = device_queue(device)
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # here; the device's thread has them all
     loaded, num_blocks, runner, probe = queue.prepare(lambda: _load(config, device, tp, queue))
     if probe is not None:
         check_steps(runner, loaded, config, probe)
@@ -109,7 +111,7 @@ def build_core(config: EngineConfig, device: torch.device, tp: TensorParallel) -
 def _load(
     config: EngineConfig, device: torch.device, tp: TensorParallel, queue: DeviceQueue
 ) -> tuple[LoadedModel, int, ModelRunner, Probe | None]:
-    """The weights, the number of KV blocks, what computes with them, the self-test's text; a job of the queue."""
+    """The weights, the number of KV blocks, what computes with them, the self-test's text; in the device's thread."""
     if device.type == "cpu":
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // tp.size)))))
     started_s = time.monotonic()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 
 from tpserve.engine.batch import DrawBuilder, Draws
 from tpserve.engine.config import EngineConfig
-from tpserve.engine.device_queue import DeviceQueue, Result, device_clock, device_queue
+from tpserve.engine.device_queue import DeviceQueue, device_clock, device_queue
 from tpserve.engine.protocol import PromptLogprob, TopLogprobs
 from tpserve.engine.rows import Array, BatchState, Changes, Parcel, Uploader
 from tpserve.engine.sequence import Sequence
@@ -45,10 +46,10 @@ class Step:
         device_ns: start and end of its work on the device, once it is finished, if it was to be timed.
     """
 
-    def __init__(self, draws: Draws | None, network: Result, prompt: _PromptRows | None) -> None:
+    def __init__(self, draws: Draws | None, network: Future[torch.Tensor], prompt: _PromptRows | None) -> None:
         self.draws, self.network, self.prompt = draws, network, prompt
         self.num_draws = 0 if draws is None else len(draws.seqs)
-        self.fetched: Result | None = None
+        self.fetched: Future[_Fetched] | None = None
         self.marks: list[Any] = []
         self.device_ns: list[int] = []
 
@@ -200,7 +201,7 @@ class ModelRunner:
         """
         assert step.fetched is not None, "draw comes before finish"
         step.network.result()  # the first failure is the one to tell
-        fetched: _Fetched = step.fetched.result()
+        fetched = step.fetched.result()
         if fetched.event is not None:
             fetched.event.synchronize()
         step.device_ns = [self._clock.read_ns(mark) for mark in step.marks]

@@ -45,26 +45,20 @@ class Uploader:
 
     Args:
         device: of the model.
-
-    Attributes:
-        travels: whether the device's memory is another one.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.travels = device.type == "cuda"
+        self._pins = device.type == "cuda"
 
     def __call__(self, values: Array | Values[Any], dtype: Any = None) -> torch.Tensor:
         """A tensor of its own on the device; pinned memory is given back by torch once the copy is done."""
         host = torch.from_numpy(np.array(values, dtype=dtype))
-        return host.pin_memory().to(self.device, non_blocking=True) if self.travels else host
+        return host.pin_memory().to(self.device, non_blocking=True) if self._pins else host
 
 
 class Parcel:
-    """Arrays of integers that travel to the device together: one copy of thousands takes as long as one of ten.
-
-    Nobody writes into them any more. Where they need not travel, they stay where they are.
-    """
+    """Arrays of integers that travel to the device together: one copy of thousands takes as long as one of ten."""
 
     def __init__(self) -> None:
         self._arrays: list[Array] = []
@@ -76,8 +70,6 @@ class Parcel:
 
     def send(self, upload: Uploader) -> list[torch.Tensor]:
         """The arrays on the device, int64, in their shapes."""
-        if not upload.travels:
-            return [torch.from_numpy(array) for array in self._arrays]
         sent = upload(np.concatenate([array.ravel() for array in self._arrays]))
         parts = sent.split([array.size for array in self._arrays])  # type: ignore[no-untyped-call]
         return [part.view(array.shape) for part, array in zip(parts, self._arrays, strict=True)]
