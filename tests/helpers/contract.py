@@ -84,7 +84,7 @@ def test_openai_streams_what_it_says_whole(client: openai.OpenAI, address: Addre
     choice = whole.choices[0]
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == choice.message.content
     assert [c.choices[0].finish_reason for c in chunks[:-1] if c.choices[0].finish_reason] == [choice.finish_reason]
-    assert len(chunks) > 3  # more than one with text: a loaded server sends several tokens at a time, but not all
+    assert len(chunks) > 5  # not all at once
     assert choice.logprobs is not None
     assert choice.logprobs.content is not None
     assert len(choice.logprobs.content) == whole.usage.completion_tokens
