@@ -16,7 +16,7 @@ import warnings
 import zipfile
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,7 @@ class MmapReader(FileSystemReader):
     Attributes:
         manifest: see above.
         bytes_copied: of tensor data so far, in the stored dtype.
+        copy: copies the second tensor, over mapped bytes, into the first.
     """
 
     def __init__(self, folder: Path, manifest: StoredManifest | None = None) -> None:
@@ -99,6 +100,7 @@ class MmapReader(FileSystemReader):
         self.manifest = manifest
         self._metadata: Metadata | None = None
         self.bytes_copied = 0
+        self.copy: Callable[[torch.Tensor, torch.Tensor], object] = torch.Tensor.copy_
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Parses `.metadata` with only its own classes allowed.
@@ -194,7 +196,7 @@ class MmapReader(FileSystemReader):
             raise CheckpointError(
                 f"{path}: {item.storage_index.fqn} is {tuple(stored.shape)}, not {tuple(target.shape)}"
             )
-        target.copy_(stored)
+        self.copy(target, stored)
         planner.commit_tensor(item, target)
         self.bytes_copied += stored.nbytes
 

@@ -15,7 +15,7 @@ import torch
 
 from tpserve.model.decode_step import FusedLayer
 from tpserve.model.kernels import pointwise
-from tpserve.model.kernels.mixed import MAX_MIXED_ROWS, matmul
+from tpserve.model.kernels.mixed import MAX_MIXED_ROWS
 from tpserve.model.kernels.paged_attention import (
     DecodeScratch,
     choose_splits,
@@ -25,11 +25,13 @@ from tpserve.model.kernels.paged_attention import (
 )
 from tpserve.model.kernels.prefill_attention import paged_prefill_attention, prefill_tiles
 from tpserve.model.kernels.rope import rope_and_write
+from tpserve.model.kernels.row_exchange import RowExchange
 from tpserve.model.kv_cache import PagedKVCache
 from tpserve.model.llama import Llama
+from tpserve.model.matrix import Matrix
 from tpserve.model.parallel import TensorParallel
-from tpserve.model.residual import MIN_DEALT_ROWS, DealtResidual, Residual
-from tpserve.model.symmetric_sum import SymmetricSum
+from tpserve.model.residual import residual_stream
+from tpserve.model.share_exchange import ShareExchange
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +58,7 @@ class FusedForward:
         cache: where keys and values live.
         tp: this rank's place.
         tables_RB: int64 block tables.
-        symmetric: adds up the sums that fit it; None: NCCL does all.
+        row_exchange, share_exchange: make the sums of the steps that fit them; None: NCCL does.
     """
 
     def __init__(
@@ -66,9 +68,11 @@ class FusedForward:
         cache: PagedKVCache,
         tp: TensorParallel,
         tables_RB: torch.Tensor,
-        symmetric: SymmetricSum | None = None,
+        row_exchange: RowExchange | None = None,
+        share_exchange: ShareExchange | None = None,
     ) -> None:
-        self._model, self._layers, self._cache, self._tp, self._symmetric = model, layers, cache, tp, symmetric
+        self._model, self._layers, self._cache, self._tp = model, layers, cache, tp
+        self._row_exchange, self._share_exchange = row_exchange, share_exchange
         self._tables_RB = tables_RB
         self._head_dim = model.args.head_dim
         self._kv_heads = cache.k[0].shape[1]
@@ -97,22 +101,23 @@ class FusedForward:
         Returns:
             float32 logits [N, V], the same on every rank.
         """
-        model, eps, size = self._model, self._model.args.norm_eps, self._cache.block_size
+        model, size = self._model, self._cache.block_size
         decodes = slice(0, num_decodes)
         lens_S = positions_T[decodes] + 1
         slots_T = self._tables_RB[rows_T, positions_T // size] * size + positions_T % size
         slots_T = torch.where(positions_T < 0, -1, slots_T)
         scratch, splits = self._scratch(num_decodes)
-        stream = self._stream(tokens_T)
-        x_TD = stream.norm(self._layers[0].attention_norm_D, eps)
+        stream = residual_stream(
+            model, tokens_T, self._tp, self._layers[0].attention_norm_D, self._row_exchange, self._share_exchange
+        )
         tiles = None if chunks is None else prefill_tiles(
             chunks.rows_P, chunks.starts_P1, chunks.contexts_P, len(tokens_T), self._heads, self._kv_heads,
-            self._head_dim, x_TD.dtype,
+            self._head_dim, model.output.weight.dtype,
         )  # fmt: skip
         gains = [layer.attention_norm_D for layer in self._layers[1:]] + [model.norm.weight]
         for i, (layer, k_cache, v_cache) in enumerate(zip(self._layers, self._cache.k, self._cache.v, strict=True)):
-            qkv_TN = matmul(x_TD, layer.wqkv_ND)
-            q_THE, out_THE = (x_TD.new_empty(len(x_TD), self._heads, self._head_dim) for _ in range(2))
+            qkv_TN = stream.times(layer.wqkv_ND)
+            q_THE, out_THE = (qkv_TN.new_empty(len(qkv_TN), self._heads, self._head_dim) for _ in range(2))
             rope_and_write(qkv_TN, q_THE, k_cache, v_cache, model.rope_PC2, positions_T, slots_T)
             if scratch is not None:
                 paged_decode_attention(
@@ -123,18 +128,12 @@ class FusedForward:
                 paged_prefill_attention(q_THE, k_cache, v_cache, self._tables_RB, tiles, out_THE, block_size=size)
             if rows_N is not None and i == len(self._layers) - 1:  # of the others, only keys and values were wanted
                 out_THE, stream = out_THE[rows_N], stream.only(rows_N)
-            x_TD = stream.add(out_THE.flatten(1), layer.wo_DN, layer.ffn_norm_D, eps)
-            wide_TN = matmul(x_TD, layer.w13_ND)
+            stream.add(out_THE.flatten(1), layer.wo_DN, layer.ffn_norm_D)
+            wide_TN = stream.times(layer.w13_ND)
             act_TF = wide_TN.new_empty(len(wide_TN), wide_TN.shape[1] // 2)
             pointwise.silu_mul(wide_TN, act_TF)
-            x_TD = stream.add(act_TF, layer.w2_DF, gains[i], eps)
-        return model.gather(x_TD @ model.output.weight.t()).float()
-
-    def _stream(self, tokens_T: torch.Tensor) -> Residual:
-        size = self._tp.size
-        whole = size == 1 or (self._symmetric is not None and self._symmetric.fits(len(tokens_T)))
-        kind = Residual if whole or len(tokens_T) < MIN_DEALT_ROWS else DealtResidual
-        return kind(self._model, tokens_T, self._tp, self._symmetric)
+            stream.add(act_TF, layer.w2_DF, gains[i])
+        return model.gather(stream.times(Matrix(model.output.weight))).float()
 
     @torch.no_grad()
     def compile(self) -> None:

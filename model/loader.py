@@ -24,6 +24,7 @@ from tpserve.model.quantized_loader import QuantizedWeights
 from tpserve.model.rope import rope_table
 from tpserve.model.safetensors_reader import open_reader
 from tpserve.model.slice_planner import SlicePlanner
+from tpserve.model.staged_copy import StagedCopies
 
 _SLAB_BYTES = 32 << 20  # of other people's weights in memory at a time, beside the rank's own
 
@@ -121,11 +122,14 @@ def load_model(
         bytes_read = 0
         _fill_randomly(model, seed=tp.rank)
     elif source is not None:
-        bytes_read = _read_source(model, source, share)
+        with StagedCopies(device) as staged:
+            bytes_read = _read_source(model, source, share, staged)
     else:
         assert reader is not None
         _check_stored(checkpoint_dir, whole, reader)
-        _read_dcp(checkpoint_dir, model, reader, share, quantized)
+        with StagedCopies(device) as staged:
+            reader.copy = staged.copy
+            _read_dcp(checkpoint_dir, model, reader, share, quantized)
         bytes_read = reader.bytes_copied
     if quantized is not None:
         quantized.put_in(dtype)
@@ -156,7 +160,7 @@ def _read_dcp(folder: Path, model: Llama, reader: MmapReader, share: Share, quan
 
 
 @torch.no_grad()
-def _read_source(model: Llama, source: WeightSource, share: Share) -> int:
+def _read_source(model: Llama, source: WeightSource, share: Share, staged: StagedCopies) -> int:
     """Copies this rank's slices of other people's files; returns the bytes."""
     parameters, total = model.state_dict(), 0
     for tensor in source.tensors:
@@ -165,7 +169,7 @@ def _read_source(model: Llama, source: WeightSource, share: Share) -> int:
         step = max(1, _SLAB_BYTES * (hi - lo) // max(1, target.nbytes))
         for begin in range(lo, hi, step):
             end = min(begin + step, hi)
-            target.narrow(dim, begin - lo, end - begin).copy_(tensor.read(dim, begin, end, target.dtype))
+            staged.copy(target.narrow(dim, begin - lo, end - begin), tensor.read(dim, begin, end, target.dtype))
         total += target.nbytes
     if parameters:
         raise CheckpointError(f"{next(iter(parameters))} is missing")

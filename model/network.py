@@ -27,10 +27,10 @@ from tpserve.model.kv_cache import PagedKVCache
 from tpserve.model.llama import Llama
 from tpserve.model.parallel import TensorParallel
 from tpserve.model.quantized import weight_bytes
-from tpserve.model.symmetric_sum import SymmetricSum
 
 # Smaller models stay in the processor's caches, and a step is made of launches.
 WORTH_COMPILING_BYTES = 64 << 20
+_MAX_SHARED_ROWS = 8192  # of a step whose rows move while products are made
 
 logger = logging.getLogger(__name__)
 
@@ -153,17 +153,20 @@ class FusedNetwork:
         from tpserve.model.chunk_graphs import BUCKETS, ChunkGraphs  # these need Triton
         from tpserve.model.decode_step import fuse
         from tpserve.model.fused_forward import Chunks, FusedForward
+        from tpserve.model.kernels.row_exchange import RowExchange
+        from tpserve.model.share_exchange import ShareExchange
 
         self._tokens_RL, self._chunks, self._tp_size = tokens_RL, Chunks, tp.size
         weight = model.output.weight
-        symmetric = SymmetricSum.make(tp, BUCKETS[-1], model.args.dim, weight.dtype, weight.device)
+        few = RowExchange.make(tp, BUCKETS[-1], model.args.dim, weight.dtype, weight.device)
+        many = ShareExchange.make(tp, _MAX_SHARED_ROWS, model.args.dim, weight.dtype, weight.device)
         self._decoder: FusedDecoder | None = None
         if graphs:
             self._decoder = FusedDecoder(model, cache, tp, tokens_RL, tables_RB, max_num_seqs=max_num_seqs)
             layers = self._decoder.step.layers
         else:
             layers = [fuse(block) for block in model.layers]  # type: ignore[arg-type]
-        self._forward = FusedForward(model, layers, cache, tp, tables_RB, symmetric)
+        self._forward = FusedForward(model, layers, cache, tp, tables_RB, few, many)
         self._chunk_graphs = ChunkGraphs(self._forward, tokens_RL, model.args.vocab_size) if graphs else None
         self._chunk_buckets = BUCKETS
 

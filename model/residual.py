@@ -11,10 +11,11 @@ import torch.distributed as dist
 
 from tpserve.model.kernels import rows
 from tpserve.model.kernels.mixed import matmul
+from tpserve.model.kernels.row_exchange import RowExchange
 from tpserve.model.llama import Llama
 from tpserve.model.matrix import Matrix
 from tpserve.model.parallel import TensorParallel, all_gather
-from tpserve.model.symmetric_sum import SymmetricSum
+from tpserve.model.share_exchange import ShareExchange
 
 MIN_DEALT_ROWS = 1024  # below, two collectives cost more than the norms of all rows
 
@@ -23,38 +24,67 @@ class Residual:
     """All of it on every rank; float32.
 
     Args:
-        model: whose embedding begins it.
+        model: whose embedding begins it, and whose first norm is made of it.
         tokens_T: of the step.
         tp: this rank's place.
-        symmetric: adds up the sums that fit it; None: NCCL does all.
+        gain_D: of the first norm.
     """
 
-    def __init__(
-        self, model: Llama, tokens_T: torch.Tensor, tp: TensorParallel, symmetric: SymmetricSum | None
-    ) -> None:
-        self._begin(model.tok_embeddings(tokens_T).float(), tp, symmetric)
+    def __init__(self, model: Llama, tokens_T: torch.Tensor, tp: TensorParallel, gain_D: torch.Tensor) -> None:
+        self._residual_TD, self._tp = model.tok_embeddings(tokens_T).float(), tp
+        self._eps = model.args.norm_eps
+        self._begin(gain_D)
 
-    def _begin(self, residual_TD: torch.Tensor, tp: TensorParallel, symmetric: SymmetricSum | None) -> None:
-        self._residual_TD, self._tp, self._symmetric = residual_TD, tp, symmetric
+    def _begin(self, gain_D: torch.Tensor) -> None:
+        self._x_TD = rows.add_norm(None, self._residual_TD, gain_D, self._eps)
 
-    def norm(self, gain_D: torch.Tensor, eps: float) -> torch.Tensor:
-        """RMSNorm of all rows, in the gain's type."""
-        return rows.add_norm(None, self._residual_TD, gain_D, eps)
+    def times(self, w_ND: Matrix) -> torch.Tensor:
+        """The normed rows times wᵀ, [T, N]."""
+        return matmul(self._x_TD, w_ND)
 
-    def add(self, x_TN: torch.Tensor, w_DN: Matrix, gain_D: torch.Tensor, eps: float) -> torch.Tensor:
-        """Adds the sum over ranks of x · wᵀ; the norm of all rows."""
-        if self._symmetric is not None and self._symmetric.fits(len(x_TN)):
-            y_TD = matmul(x_TN, w_DN, self._symmetric.buffer(len(x_TN)))
-            self._symmetric.sum(y_TD)
-        else:
-            y_TD = matmul(x_TN, w_DN)
-            if self._tp.size > 1:
-                self._tp.all_reduce(y_TD)
-        return rows.add_norm(y_TD, self._residual_TD, gain_D, eps)
+    def add(self, y_TN: torch.Tensor, w_DN: Matrix, gain_D: torch.Tensor) -> None:
+        """Adds the sum over ranks of y · wᵀ, and makes the next norm."""
+        sum_TD = matmul(y_TN, w_DN)
+        if self._tp.size > 1:
+            self._tp.all_reduce(sum_TD)
+        self._x_TD = rows.add_norm(sum_TD, self._residual_TD, gain_D, self._eps)
 
     def only(self, rows_N: torch.Tensor) -> Residual:
-        """Of some rows."""
-        return _made(self._residual_TD[rows_N], self._tp, self._symmetric)
+        """Of some rows, before an `add`."""
+        return self._whole(self._residual_TD[rows_N])
+
+    def _whole(self, residual_ND: torch.Tensor) -> Residual:
+        made = Residual.__new__(Residual)
+        made._residual_TD, made._tp, made._eps = residual_ND, self._tp, self._eps
+        return made
+
+    def _collected(self, kept_ND: torch.Tensor, rows_N: torch.Tensor, share: int) -> torch.Tensor:
+        """Rows of all ranks, each of the rank whose share it is in; `kept_ND`: this rank's, where they are its own."""
+        mine_N = rows_N // share == self._tp.rank
+        return self._tp.all_reduce(torch.where(mine_N[:, None], kept_ND, 0.0))
+
+
+class ExchangedResidual(Residual):
+    """Sums, residual and norms are made by `RowExchange`: each rank's share of the rows is the only right one."""
+
+    def __init__(
+        self, model: Llama, tokens_T: torch.Tensor, tp: TensorParallel, gain_D: torch.Tensor, exchange: RowExchange
+    ) -> None:
+        super().__init__(model, tokens_T, tp, gain_D)
+        self._exchange = exchange
+
+    def add(self, y_TN: torch.Tensor, w_DN: Matrix, gain_D: torch.Tensor) -> None:
+        """See `Residual`."""
+        matmul(y_TN, w_DN, self._exchange.partial_SD[: len(y_TN)])
+        self._x_TD = self._exchange.add_norm(self._residual_TD, gain_D, self._eps, len(y_TN))
+
+    def only(self, rows_N: torch.Tensor) -> Residual:
+        """See `Residual`."""
+        share = -(-len(self._residual_TD) // self._tp.size)
+        made = ExchangedResidual.__new__(ExchangedResidual)
+        made.__dict__ |= self._whole(self._collected(self._residual_TD[rows_N], rows_N, share)).__dict__
+        made._exchange = self._exchange
+        return made
 
 
 class DealtResidual(Residual):
@@ -64,42 +94,71 @@ class DealtResidual(Residual):
     nobody reads.
     """
 
-    def __init__(
-        self, model: Llama, tokens_T: torch.Tensor, tp: TensorParallel, symmetric: SymmetricSum | None
-    ) -> None:
-        self._num_rows, share = len(tokens_T), -(-len(tokens_T) // tp.size)
-        tokens_T = torch.nn.functional.pad(tokens_T, (0, share * tp.size - len(tokens_T)))
-        own = slice(tp.rank * share, (tp.rank + 1) * share)
-        self._begin(model.tok_embeddings(tokens_T[own]).float(), tp, symmetric)
+    def __init__(self, model: Llama, tokens_T: torch.Tensor, tp: TensorParallel, gain_D: torch.Tensor) -> None:
+        self._num_rows, self._share = len(tokens_T), -(-len(tokens_T) // tp.size)
+        tokens_T = torch.nn.functional.pad(tokens_T, (0, self._share * tp.size - len(tokens_T)))
+        first = tp.rank * self._share
+        super().__init__(model, tokens_T[first : first + self._share], tp, gain_D)
 
-    def norm(self, gain_D: torch.Tensor, eps: float) -> torch.Tensor:
-        """See `Residual`."""
-        return self._gathered(super().norm(gain_D, eps))
+    def _begin(self, gain_D: torch.Tensor) -> None:
+        self._gather(rows.add_norm(None, self._residual_TD, gain_D, self._eps))
 
-    def add(self, x_TN: torch.Tensor, w_DN: Matrix, gain_D: torch.Tensor, eps: float) -> torch.Tensor:
+    def add(self, y_TN: torch.Tensor, w_DN: Matrix, gain_D: torch.Tensor) -> None:
         """See `Residual`."""
-        share, size = len(self._residual_TD), self._tp.size
-        partial = x_TN.new_empty(share * size, w_DN.shape[0])
-        matmul(x_TN, w_DN, partial[: self._num_rows])
-        y_SD = x_TN.new_empty(share, w_DN.shape[0])
-        dist.reduce_scatter_tensor(y_SD, partial, group=self._tp.group)
-        return self._gathered(rows.add_norm(y_SD, self._residual_TD, gain_D, eps))
+        partial = y_TN.new_empty(self._share * self._tp.size, w_DN.shape[0])
+        matmul(y_TN, w_DN, partial[: self._num_rows])
+        sum_SD = y_TN.new_empty(self._share, w_DN.shape[0])
+        dist.reduce_scatter_tensor(sum_SD, partial, group=self._tp.group)
+        self._gather(rows.add_norm(sum_SD, self._residual_TD, gain_D, self._eps))
 
     def only(self, rows_N: torch.Tensor) -> Residual:
-        """See `Residual`: each rank gives the rows that it keeps."""
-        at_N = rows_N - self._tp.rank * len(self._residual_TD)
-        mine_N = (at_N >= 0) & (at_N < len(self._residual_TD))
-        kept_ND = self._residual_TD[at_N.clamp(0, len(self._residual_TD) - 1)]
-        whole_ND = torch.where(mine_N[:, None], kept_ND, 0.0)
-        return _made(self._tp.all_reduce(whole_ND), self._tp, self._symmetric)
+        """See `Residual`: whole again, on every rank."""
+        at_N = (rows_N - self._tp.rank * self._share).clamp(0, self._share - 1)
+        return self._whole(self._collected(self._residual_TD[at_N], rows_N, self._share))
 
-    def _gathered(self, x_SD: torch.Tensor) -> torch.Tensor:
+    def _gather(self, x_SD: torch.Tensor) -> None:
         x_TD = x_SD.new_empty(len(x_SD) * self._tp.size, x_SD.shape[1])
         all_gather(x_TD, x_SD, group=self._tp.group)
-        return x_TD[: self._num_rows]
+        self._x_TD = x_TD[: self._num_rows]
 
 
-def _made(residual_TD: torch.Tensor, tp: TensorParallel, symmetric: SymmetricSum | None) -> Residual:
-    made = Residual.__new__(Residual)
-    made._begin(residual_TD, tp, symmetric)
-    return made
+class OverlappedResidual(DealtResidual):
+    """Dealt, and moved by `ShareExchange` while products are made: rows of another rank are multiplied as they come,
+    and rows for another rank leave as soon as they are made."""
+
+    def __init__(
+        self, model: Llama, tokens_T: torch.Tensor, tp: TensorParallel, gain_D: torch.Tensor, exchange: ShareExchange
+    ) -> None:
+        self._exchange = exchange
+        super().__init__(model, tokens_T, tp, gain_D)
+
+    def _begin(self, gain_D: torch.Tensor) -> None:
+        x_SD = self._exchange.own(self._share)
+        rows.add_norm(None, self._residual_TD, gain_D, self._eps, x_SD)
+
+    def times(self, w_ND: Matrix) -> torch.Tensor:
+        """See `Residual`."""
+        return self._exchange.times(w_ND, self._share, self._num_rows)
+
+    def add(self, y_TN: torch.Tensor, w_DN: Matrix, gain_D: torch.Tensor) -> None:
+        """See `Residual`."""
+        parts_PSD = self._exchange.parts(y_TN, w_DN, self._share)
+        rows.add_norm(parts_PSD, self._residual_TD, gain_D, self._eps, self._exchange.own(self._share))
+
+
+def residual_stream(
+    model: Llama,
+    tokens_T: torch.Tensor,
+    tp: TensorParallel,
+    gain_D: torch.Tensor,
+    few: RowExchange | None,
+    many: ShareExchange | None,
+) -> Residual:
+    """The kind that is fastest for so many tokens; arguments as of the kinds."""
+    if few is not None and few.fits(len(tokens_T)):
+        return ExchangedResidual(model, tokens_T, tp, gain_D, few)
+    if tp.size > 1 and len(tokens_T) >= MIN_DEALT_ROWS:
+        if many is not None and many.fits(len(tokens_T)):
+            return OverlappedResidual(model, tokens_T, tp, gain_D, many)
+        return DealtResidual(model, tokens_T, tp, gain_D)
+    return Residual(model, tokens_T, tp, gain_D)

@@ -131,6 +131,10 @@ class RowExchange:
         dist.all_reduce(ok, dist.ReduceOp.MIN, group=tp.group)  # and so nobody meets before all have zeroed their flags
         return made if ok.item() else None
 
+    def fits(self, rows: int) -> bool:
+        """Whether a step of so many rows is no larger than the largest."""
+        return rows <= self._rows
+
     def add_norm(self, residual_SD: torch.Tensor, gain_D: torch.Tensor, eps: float, s: int) -> torch.Tensor:
         """residual += the sum of the first `s` rows of the ranks' `partial_SD`; RMSNorm of it to `x_SD`.
 

@@ -13,32 +13,42 @@ import triton.language as tl
 
 @triton.jit
 def _add_norm_kernel(
-    y_ptr, residual_ptr, gain_ptr, x_ptr, D: tl.constexpr, DP: tl.constexpr, EPS: tl.constexpr, ADD: tl.constexpr
-):
+    y_ptr, residual_ptr, gain_ptr, x_ptr, stride,
+    D: tl.constexpr, DP: tl.constexpr, EPS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
     row, d = tl.program_id(0).to(tl.int64), tl.arange(0, DP)
     mask = d < D
     residual = tl.load(residual_ptr + row * D + d, mask=mask, other=0.0)
-    if ADD:
-        residual += tl.load(y_ptr + row * D + d, mask=mask, other=0.0).to(tl.float32)
+    if PARTS > 0:
+        for part in tl.static_range(PARTS):
+            residual += tl.load(y_ptr + part * stride + row * D + d, mask=mask, other=0.0).to(tl.float32)
         tl.store(residual_ptr + row * D + d, residual, mask=mask)
     scale = tl.rsqrt(tl.sum(residual * residual, 0) / D + EPS)
     gain = tl.load(gain_ptr + d, mask=mask, other=0.0).to(tl.float32)
     tl.store(x_ptr + row * D + d, (residual * scale * gain).to(x_ptr.dtype.element_ty), mask=mask)
 
 
-def add_norm(y_TD: torch.Tensor | None, residual_TD: torch.Tensor, gain_D: torch.Tensor, eps: float) -> torch.Tensor:
+def add_norm(
+    y: torch.Tensor | None,
+    residual_TD: torch.Tensor,
+    gain_D: torch.Tensor,
+    eps: float,
+    out_TD: torch.Tensor | None = None,
+) -> torch.Tensor:
     """residual += y, in place; returns RMSNorm(residual) in the gain's type.
 
     Args:
-        y_TD: None: only the norm.
+        y: [T, D], or [P, T, D]: P parts of it, whose rows are contiguous; None: only the norm.
         residual_TD: float32, contiguous.
         gain_D: of the norm.
         eps: of the norm.
+        out_TD: where to, contiguous; None: new memory.
     """
     t, d = residual_TD.shape
-    x_TD = torch.empty(t, d, dtype=gain_D.dtype, device=gain_D.device)
+    x_TD = torch.empty(t, d, dtype=gain_D.dtype, device=gain_D.device) if out_TD is None else out_TD
+    parts, stride = (0, 0) if y is None else (1, 0) if y.ndim == 2 else (len(y), y.stride(0))
     _add_norm_kernel[(t,)](
-        residual_TD if y_TD is None else y_TD, residual_TD, gain_D, x_TD,
-        D=d, DP=triton.next_power_of_2(d), EPS=eps, ADD=y_TD is not None, num_warps=8,
+        residual_TD if y is None else y, residual_TD, gain_D, x_TD, stride,
+        D=d, DP=triton.next_power_of_2(d), EPS=eps, PARTS=parts, num_warps=8,
     )  # fmt: skip
     return x_TD

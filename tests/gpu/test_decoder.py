@@ -25,7 +25,6 @@ from tpserve.model.kv_cache import PagedKVCache
 from tpserve.model.llama import Llama
 from tpserve.model.parallel import TensorParallel, num_kv_heads, shard
 from tpserve.model.rope import rope_table
-from tpserve.model.symmetric_sum import SymmetricSum
 
 pytestmark = [
     pytest.mark.gpu,
@@ -64,7 +63,11 @@ class Setup:
         self.tokens_RL = torch.randint(args.vocab_size, (ROWS, MAX_LEN), generator=seeded).to(device)
         self.tables_RB = torch.randperm(blocks, generator=seeded).view(ROWS, -1).to(device)
         self.model, self.device = model, device
-        self.symmetric = SymmetricSum.make(tp, 1024, args.dim, torch.bfloat16, device)
+        from tpserve.model.kernels.row_exchange import RowExchange  # these need Triton
+        from tpserve.model.share_exchange import ShareExchange
+
+        kinds = ((RowExchange, 1024), (ShareExchange, 4096))
+        self.exchanges = tuple(kind.make(tp, rows, args.dim, torch.bfloat16, device) for kind, rows in kinds)
         self.decoder = FusedDecoder(
             model, self.cache, tp, self.tokens_RL, self.tables_RB, max_num_seqs=ROWS, buckets=buckets
         )  # fmt: skip
@@ -232,7 +235,7 @@ class MixedStep:
         )  # fmt: skip
         inputs = setup.tokens_RL[rows, positions]
         forward = FusedForward(
-            setup.model, setup.decoder.step.layers, setup.cache, tp, setup.tables_RB, setup.symmetric
+            setup.model, setup.decoder.step.layers, setup.cache, tp, setup.tables_RB, *setup.exchanges
         )  # fmt: skip
         cut = Chunks(chunk.to(setup.device), starts, contexts.to(setup.device))
         self.plain = lambda: setup.model(inputs, positions, attend, asked)
