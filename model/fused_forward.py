@@ -139,7 +139,7 @@ class FusedForward:
     def compile(self) -> None:
         """Compiles every variant of the kernels, lest somebody wait for it: by steps that write and read no keys."""
         variants = decode_variants(
-            len(self._tables_RB), self._cache.k[0], self._model.output.weight.dtype
+            len(self._tables_RB), self._heads, self._cache.k[0], self._model.output.weight.dtype
         )  # fmt: skip
         many = MAX_MIXED_ROWS + 1  # from here on matrices of fewer bits are widened in memory
         for num_decodes, num_chunks in [(0, 1), (0, 17), *((n, 1) for n in variants)]:
@@ -152,6 +152,6 @@ class FusedForward:
     def _scratch(self, num_decodes: int) -> tuple[DecodeScratch | None, int]:
         if not num_decodes:
             return None, 0
-        splits = choose_splits(num_decodes, self._kv_heads, self._max_len, self._processors)
+        splits = choose_splits(num_decodes, self._heads, self._kv_heads, self._max_len, self._processors)
         device = self._tables_RB.device
         return decode_scratch(num_decodes, self._heads, self._head_dim, splits, device), splits

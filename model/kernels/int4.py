@@ -27,12 +27,16 @@ def int4(
     PARTS: tl.constexpr = BK // GROUP
     HALF: tl.constexpr = GROUP // 2
     GROUPS: tl.constexpr = DEPTH // GROUP
+    PAIRED: tl.constexpr = MP == 1 and HALF >= 32 and PARTS > 1  # how x lies while it is read
     tl.static_assert(BK % GROUP == 0 and DEPTH % GROUP == 0)
     part, byte, mm = tl.arange(0, PARTS), tl.arange(0, HALF), tl.arange(0, MP)
     group = k0 // GROUP + part
     if PARTS > 1:
         w_at = w_ptr + rows.to(tl.int64)[None, :, None] * (K // 2) + (group * HALF)[:, None, None] + byte[None, None, :]
-        x_at = x_ptr + mm[None, None, :] * K + (group * GROUP)[:, None, None] + byte[None, :, None]
+        if PAIRED:
+            x_at = x_ptr + (group * GROUP)[:, None] + _paired(HALF)[None, :]
+        else:
+            x_at = x_ptr + mm[None, None, :] * K + (group * GROUP)[:, None, None] + byte[None, :, None]
         about = scale_ptr.to(tl.pointer_type(tl.int64)) + group[:, None] * ROWS + rows[None, :]
         x_there = (mm <= last)[None, None, :]
         y = tl.zeros([PARTS, BN, COLUMNS], tl.float32)
@@ -51,20 +55,23 @@ def int4(
             part_there = g + part < GROUPS
             w = tl.load(w_at + g * HALF, mask=part_there[:, None, None], other=0)
             both = tl.load(about + g * ROWS, mask=part_there[:, None], other=0)
-            there = part_there[:, None, None] & x_there
+            there = part_there[:, None] if PAIRED else part_there[:, None, None] & x_there
         if MP == 1 and GROUPS % PARTS == 0:
             x_low = tl.load(x_at + g * GROUP)
             x_high = tl.load(x_at + g * GROUP + HALF)
         else:
             x_low = tl.load(x_at + g * GROUP, mask=there, other=0.0)
             x_high = tl.load(x_at + g * GROUP + HALF, mask=there, other=0.0)
-        if MP == 1:
+        if PAIRED:
+            x_low, x_high = _unpaired(x_low, PARTS, HALF), _unpaired(x_high, PARTS, HALF)
+        elif MP == 1:
             x_low, x_high = _eight_columns(x_low, PARTS, HALF), _eight_columns(x_high, PARTS, HALF)
         scale, zero = _scale_and_zero(both)
         ones = _ones(w)
         x_sum = tl.dot(ones, x_high, tl.dot(ones, x_low))
         products = tl.dot(_nibbles(w, True), x_high, tl.dot(_nibbles(w, False), x_low))
-        y += products * tl.expand_dims(scale, -1) + x_sum * tl.expand_dims(zero, -1)
+        y += products * tl.expand_dims(scale, -1)
+        y += x_sum * tl.expand_dims(zero, -1)
     if PARTS > 1:
         y = tl.sum(y, 0)
     if MP == 1:
@@ -145,6 +152,21 @@ def _sixteen_rows(w0, w8, both0, both8, x_low, x_high, P: tl.constexpr):
     ones = _ones(w)
     x_sum = tl.dot(ones, x_high, tl.dot(ones, x_low))
     return tl.dot(_nibbles(w, True), x_high, tl.dot(_nibbles(w, False), x_low)) * scale + x_sum * zero
+
+
+@triton.jit
+def _paired(HALF: tl.constexpr):
+    """Inputs in the order in which the tensor cores' lanes take them, two and two: what a lane reads of x lies together
+    and is multiplied as it was read."""
+    t = tl.arange(0, HALF)
+    return t // 32 * 32 + t // 2 % 2 * 16 + t // 8 % 4 * 4 + t // 4 % 2 * 2 + t % 2
+
+
+@triton.jit
+def _unpaired(x, PARTS: tl.constexpr, HALF: tl.constexpr):
+    """[P, H] in the order of `_paired` → [P, H, 8] in that of the weight, the eight columns alike."""
+    x = tl.permute(tl.reshape(x, [PARTS, HALF // 32, 4, 2, 2, 2]), [0, 1, 4, 2, 3, 5])
+    return tl.broadcast_to(tl.reshape(x, [PARTS, HALF, 1]), [PARTS, HALF, 8])
 
 
 @triton.jit

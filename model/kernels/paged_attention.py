@@ -57,35 +57,40 @@ def decode_scratch(max_S: int, H: int, E: int, max_splits: int, device: torch.de
     )
 
 
-def _tiles(S: int, K: int, E: int, dtype: torch.dtype, cache: torch.dtype) -> tuple[int, int, int]:
+def _tiles(S: int, K: int, G: int, E: int, dtype: torch.dtype, cache: torch.dtype) -> tuple[int, int, int]:
     """(keys a tile, warps a program, tiles in flight + 1), as measured on an H200.
 
-    One warp needs no barriers. A program with a multiprocessor to itself needs large tiles to keep it busy. Two in
+    One warp needs no barriers. A program with a multiprocessor to itself needs large tiles to keep it busy; so does one
+    sequence, whose few keys are then not split at all (1.4% of a step of 7B with 128 tokens, 2.2% with 2,000). Two in
     flight were faster with 256 pairs (35 µs, 39 with three), as fast with 512, and slower with 2,048 (159 and 154).
     """
     if dtype == torch.float32:
         return 16, 4, 1
-    if S * K in _ONE_EACH and E <= 128:
+    if _one_each(S, K, G) and E <= 128:
         return 128, 4, 3
     return (32, 1, 2) if _MANY <= S * K < 4 * _MANY and cache != torch.float8_e4m3fn else (32, 1, 3)
+
+
+def _one_each(S: int, K: int, G: int) -> bool:
+    return S * K in _ONE_EACH or (S == G == 1 and _ONE_EACH[-1] >= S * K)
 
 
 def _padded_sequences(S: int) -> int:
     return 1 if S == 1 else max(16, triton.next_power_of_2(S))
 
 
-def decode_variants(max_S: int, k_cache: torch.Tensor, dtype: torch.dtype) -> list[int]:
+def decode_variants(max_S: int, H: int, k_cache: torch.Tensor, dtype: torch.dtype) -> list[int]:
     """Numbers of sequences, one for each variant that the kernel is compiled in for up to `max_S` of them."""
     _, K, E = k_cache.shape
     first: dict[object, int] = {}
     for S in range(1, max_S + 1):
-        first.setdefault((_padded_sequences(S), _tiles(S, K, E, dtype, k_cache.dtype)), S)
+        first.setdefault((_padded_sequences(S), _tiles(S, K, H // K, E, dtype, k_cache.dtype)), S)
     return list(first.values())
 
 
-def choose_splits(S: int, K: int, max_len: int, num_sms: int) -> int:
+def choose_splits(S: int, H: int, K: int, max_len: int, num_sms: int) -> int:
     """Items a sequence, for a graph captured for S sequences of up to `max_len` keys: one wave of programs."""
-    programs = num_sms * (8 if S * K >= _MANY else 1 if S * K in _ONE_EACH else 2)
+    programs = num_sms * (8 if S * K >= _MANY else 1 if _one_each(S, K, H // K) else 2)
     shares = min(max(1, programs // (S * K)), -(-max_len // 32), 64)
     return shares + (S > 1)
 
@@ -237,7 +242,7 @@ def paged_decode_attention(
     S, H, E = q_SHE.shape
     K = k_cache.shape[1]
     G = H // K
-    BN, warps, stages = config or _tiles(S, K, E, q_SHE.dtype, k_cache.dtype)
+    BN, warps, stages = config or _tiles(S, K, G, E, q_SHE.dtype, k_cache.dtype)
     CG = triton.next_power_of_2(G)
     _decode_kernel[(S * num_splits * K,)](
         q_SHE, k_cache, v_cache, tables_RB, rows_S, lens_S, out_SHE, scratch.partial, scratch.lse, scratch.arrived,

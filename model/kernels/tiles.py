@@ -91,10 +91,13 @@ def _fewer_bits(scheme: str, group: int, dim: int) -> Tiles:
         tiles = Tiles(Tile(4, 512, 2, 3), Tile(8, 1024, 4, 3), Tile(4, 4096, 4, 3), Tile(16, 1024, 4, 3), head)
     elif scheme == "int8":
         tiles = Tiles(Tile(4, 1024, 2, 3), Tile(4, 1024, 2, 3), Tile(4, 1024, 2, 3), Tile(8, 1024, 2, 3), head)
+    elif dim >= _WIDE:
+        tile, small = Tile(32, 1024, 8, 3), Tile(16, 1024, 8, 3)
+        tiles = Tiles(small, Tile(32, 256, 2, 6), Tile(32, 256, 2, 3), tile, head)
     else:
         tile, wide = Tile(32, 256, 2, 4), Tile(32, 512, 4, 4)
         tiles = Tiles(tile, Tile(16, 2048, 4, 1) if group == 128 else tile, wide, wide, head)
-    return tiles.all_with(prefetch=512, early=True)
+    return tiles.all_with(prefetch=256 if scheme == "int4" else 512, early=True)
 
 
 def _few_of_fewer_bits(scheme: str) -> Tiles:
