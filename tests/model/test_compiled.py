@@ -176,3 +176,19 @@ def test_a_compiler_that_fails_costs_speed_only(
     assert driver.decode(0, 0).shape == (1, VOCAB)
     assert isinstance(driver.network, CompiledNetwork)
     assert driver.network.num_compiled_steps == 0
+
+
+def test_so_does_a_torch_that_keeps_its_code_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from torch._inductor import compile_fx
+
+    real = compile_fx.compile_fx_inner
+    monkeypatch.setattr(
+        compile_fx, "compile_fx_inner", lambda graph, examples, **how: real(graph, examples, **how).__call__
+    )
+    driver = Driver(llama(), torch.float32, CompiledNetwork)
+    assert "not compiled:" in caplog.text and "keeps what it compiled in another place" in caplog.text
+    assert driver.decode(0, 0).shape == (1, VOCAB)
+    assert isinstance(driver.network, CompiledNetwork)
+    assert driver.network.num_compiled_steps == 0
