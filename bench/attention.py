@@ -57,7 +57,7 @@ class Paged:
     def decode(self, num_splits: int | None = None) -> torch.Tensor:
         """`paged_decode_attention` into a poisoned output."""
         S, H, E = self.q_THE.shape
-        splits = num_splits or choose_splits(S, H, self.k_cache.shape[1], int(self.lens.max()), 132)
+        splits = num_splits or choose_splits(S, H, self.k_cache.shape[1], E, int(self.lens.max()), 132)
         scratch, out = decode_scratch(S, H, E, splits, self.q_THE.device), torch.full_like(self.q_THE, float("nan"))
         paged_decode_attention(
             self.q_THE, self.k_cache, self.v_cache, self.tables_RB, self.rows, self.lens, out, scratch,
@@ -210,7 +210,7 @@ def measure_decode(heads: int, kv_heads: int, lens: list[int], block_size: int) 
     make = functools.partial(paged, heads=heads, kv_heads=kv_heads, width=E, dtype=dtype, block_size=block_size)
     cases = [make([n - 1 for n in lens], [1] * S) for _ in range(min(max(2, -(-4 * _L2_BYTES // bytes_each)), 40))]
     # As captured in an engine: for sequences that may grow to 16384 tokens.
-    splits = choose_splits(S, heads, kv_heads, 16384, torch.cuda.get_device_properties().multi_processor_count)
+    splits = choose_splits(S, heads, kv_heads, E, 16384, torch.cuda.get_device_properties().multi_processor_count)
     scratch = decode_scratch(S, heads, E, splits, cases[0].q_THE.device)
     out = torch.empty(S, heads, E, dtype=dtype, device="cuda")
 

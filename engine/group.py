@@ -163,7 +163,8 @@ def _runner(
     def network(tokens_RL: torch.Tensor, tables_RB: torch.Tensor) -> Network:
         return choose_network(
             loaded.model, cache, tokens_RL, tables_RB, loaded.tp, max_num_seqs=config.max_num_seqs,
-            fused=config.fused_kernels, graphs=graphs and config.cuda_graphs,
+            max_num_tokens=config.max_num_batched_tokens, fused=config.fused_kernels,
+            graphs=graphs and config.cuda_graphs,
         )  # fmt: skip
 
     return ModelRunner(network, loaded.info.args.vocab_size, loaded.device, cache, config, queue)
@@ -227,8 +228,9 @@ def _free_cuda_bytes(config: EngineConfig, loaded: LoadedModel) -> int:
     runner.finish(step)
     torch.cuda.synchronize(loaded.device)
     peak = torch.cuda.max_memory_allocated(loaded.device)
-    del runner, cache
-    torch.cuda.empty_cache()
+    # With the runner still there: what its ranks reach of each other is not torch's own memory.
     free, total = torch.cuda.mem_get_info(loaded.device)
     foreign = total - free - torch.cuda.memory_reserved(loaded.device)
+    del runner, cache
+    torch.cuda.empty_cache()
     return max(0, int(total * config.gpu_memory_utilization) - foreign - peak)

@@ -120,7 +120,7 @@ class DecodeStep:
         if tp.size > 1:
             self._own_logits_SV = zeros(rows, self._head_VD.shape[0], dtype=torch.float32)
         processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-        self._splits = {s: choose_splits(s, h, kv_heads, tokens_RL.shape[1], processors) for s in batch_sizes}
+        self._splits = {s: choose_splits(s, h, kv_heads, e, tokens_RL.shape[1], processors) for s in batch_sizes}
         items = max(s * splits for s, splits in self._splits.items())
         self._scratch = decode_scratch(largest, h, e, -(-items // largest), device)
         weights = (first.wqkv_ND, first.wo_DN, first.w13_ND, first.w2_DF)

@@ -30,7 +30,7 @@ from tpserve.model.kv_cache import PagedKVCache
 from tpserve.model.llama import Llama
 from tpserve.model.matrix import Matrix
 from tpserve.model.parallel import TensorParallel
-from tpserve.model.residual import residual_stream
+from tpserve.model.residual import MIN_DEALT_ROWS, residual_stream
 from tpserve.model.share_exchange import ShareExchange
 
 
@@ -142,16 +142,21 @@ class FusedForward:
             len(self._tables_RB), self._heads, self._cache.k[0], self._model.output.weight.dtype
         )  # fmt: skip
         many = MAX_MIXED_ROWS + 1  # from here on matrices of fewer bits are widened in memory
-        for num_decodes, num_chunks in [(0, 1), (0, 17), *((n, 1) for n in variants)]:
-            tokens = num_decodes or (64 if num_chunks == 1 else many)
+        steps = [(0, 1, 64), (0, 17, many), *((n, 1, n) for n in variants)]
+        if self._tp.size > 1:
+            steps.append((0, 1, MIN_DEALT_ROWS + 1))  # each rank keeps a share, until few rows are asked for
+        for num_decodes, num_chunks, tokens in steps:
             none = torch.zeros(tokens, dtype=torch.int64, device=self._tables_RB.device)
             empty_P = none.new_zeros(num_chunks)
             chunks = Chunks(empty_P, none.new_full((num_chunks + 1,), num_decodes), empty_P)
-            self(none, none, torch.full_like(none, -1), num_decodes, chunks, None)
+            asked_N = none[:1] if tokens > MIN_DEALT_ROWS else None
+            self(none, none, torch.full_like(none, -1), num_decodes, chunks, asked_N)
 
     def _scratch(self, num_decodes: int) -> tuple[DecodeScratch | None, int]:
         if not num_decodes:
             return None, 0
-        splits = choose_splits(num_decodes, self._heads, self._kv_heads, self._max_len, self._processors)
+        splits = choose_splits(
+            num_decodes, self._heads, self._kv_heads, self._head_dim, self._max_len, self._processors
+        )
         device = self._tables_RB.device
         return decode_scratch(num_decodes, self._heads, self._head_dim, splits, device), splits

@@ -26,7 +26,7 @@ from tpserve.model.huge_pages import consolidate
 from tpserve.model.kv_cache import PagedKVCache
 from tpserve.model.llama import Llama
 from tpserve.model.parallel import TensorParallel
-from tpserve.model.quantized import weight_bytes
+from tpserve.model.quantized import has_integers, weight_bytes
 
 # Smaller models stay in the processor's caches, and a step is made of launches.
 WORTH_COMPILING_BYTES = 64 << 20
@@ -137,6 +137,7 @@ class FusedNetwork:
         tp: this rank's place.
         max_num_seqs: the largest batch that decodes.
         graphs: whether to capture graphs at `warm_up`.
+        max_num_tokens: of a step.
     """
 
     def __init__(
@@ -149,17 +150,23 @@ class FusedNetwork:
         *,
         max_num_seqs: int,
         graphs: bool,
+        max_num_tokens: int = _MAX_SHARED_ROWS,
     ) -> None:
         from tpserve.model.chunk_graphs import BUCKETS, ChunkGraphs  # these need Triton
         from tpserve.model.decode_step import fuse
         from tpserve.model.fused_forward import Chunks, FusedForward
         from tpserve.model.kernels.row_exchange import RowExchange
+        from tpserve.model.residual import MIN_DEALT_ROWS
         from tpserve.model.share_exchange import ShareExchange
 
         self._tokens_RL, self._chunks, self._tp_size = tokens_RL, Chunks, tp.size
         weight = model.output.weight
         few = RowExchange.make(tp, BUCKETS[-1], model.args.dim, weight.dtype, weight.device)
-        many = ShareExchange.make(tp, _MAX_SHARED_ROWS, model.args.dim, weight.dtype, weight.device)
+        many = None
+        # Integers are widened for each product anew, and rows that come part by part take several.
+        if max_num_tokens > MIN_DEALT_ROWS and not has_integers(model):
+            shared = min(max_num_tokens, _MAX_SHARED_ROWS)
+            many = ShareExchange.make(tp, shared, model.args.dim, weight.dtype, weight.device)
         self._decoder: FusedDecoder | None = None
         if graphs:
             self._decoder = FusedDecoder(model, cache, tp, tokens_RL, tables_RB, max_num_seqs=max_num_seqs)
@@ -227,12 +234,16 @@ def choose_network(
     tp: TensorParallel,
     *,
     max_num_seqs: int,
+    max_num_tokens: int,
     fused: bool,
     graphs: bool,
 ) -> Network:
     """The fastest network that is wanted and that this machine, type and shape have."""
     if fused and importlib.util.find_spec("triton") and FusedDecoder.supports(model, tokens_RL.device):
-        return FusedNetwork(model, cache, tokens_RL, tables_RB, tp, max_num_seqs=max_num_seqs, graphs=graphs)
+        return FusedNetwork(
+            model, cache, tokens_RL, tables_RB, tp, max_num_seqs=max_num_seqs, max_num_tokens=max_num_tokens,
+            graphs=graphs,
+        )  # fmt: skip
     large = weight_bytes(model) >= WORTH_COMPILING_BYTES
     if large and tokens_RL.device.type == "cpu":
         consolidate(model)

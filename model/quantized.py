@@ -263,6 +263,11 @@ def is_quantized(model: Llama) -> bool:
     return any(isinstance(module, _ScaledLinear | Int4Linear) for module in model.modules())
 
 
+def has_integers(model: Llama) -> bool:
+    """Whether some of its linear layers are int8 or int4."""
+    return any(isinstance(module, Int8Linear | Int4Linear) for module in model.modules())
+
+
 def weight_bytes(model: Llama) -> int:
     """What this rank's weights take."""
     return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) - model.rope_PC2.nbytes

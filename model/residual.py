@@ -81,8 +81,11 @@ class ExchangedResidual(Residual):
     def only(self, rows_N: torch.Tensor) -> Residual:
         """See `Residual`."""
         share = -(-len(self._residual_TD) // self._tp.size)
+        whole = self._whole(self._collected(self._residual_TD[rows_N], rows_N, share))
+        if not self._exchange.fits(len(rows_N)):  # several draws may ask for the same row
+            return whole
         made = ExchangedResidual.__new__(ExchangedResidual)
-        made.__dict__ |= self._whole(self._collected(self._residual_TD[rows_N], rows_N, share)).__dict__
+        made.__dict__ |= whole.__dict__
         made._exchange = self._exchange
         return made
 

@@ -5,8 +5,8 @@ others' in the order in which they are fetched; a product whose sums over the ra
 first, and sends each while the next is made. NCCL's kernels take multiprocessors from the products instead, and its
 copies through buffers memory bandwidth.
 
-Buffers are used in turn, two of each: a rank writes one again after a barrier that the others reach only when they have
-read it.
+What others read or write is there twice, and used in turn: it is written again after a barrier that the others reach
+only when they have read it.
 
 Shape suffixes: T tokens, S rows of a share, D residual width, N columns, P parts of a sum.
 """
@@ -124,7 +124,7 @@ class ShareExchange:
         return y_TN
 
     def parts(self, y_TN: torch.Tensor, w_DN: Matrix, share: int) -> torch.Tensor:
-        """[P, S, D]: of this rank's rows of y · wᵀ, each rank's part of the sum; good until the call after the next.
+        """[P, S, D]: of this rank's rows of y · wᵀ, each rank's part of the sum; good until the next call.
 
         Args:
             y_TN: all rows, this rank's columns.

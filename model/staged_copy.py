@@ -24,7 +24,7 @@ class StagedCopies:
     """
 
     def __init__(self, device: torch.device, buffer_bytes: int = 64 << 20) -> None:
-        self._gpu = device.type == "cuda"
+        self._device, self._gpu = device, device.type == "cuda"
         self._buffers: list[torch.Tensor] = []
         self._read: list[torch.cuda.Event | None] = [None] * _BUFFERS
         self._next, self._size = 0, buffer_bytes
@@ -86,6 +86,6 @@ class StagedCopies:
     def _sent(self) -> None:
         if self._gpu:
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record()
+            event.record(torch.cuda.current_stream(self._device))
             self._read[self._next] = event
         self._next = (self._next + 1) % _BUFFERS

@@ -66,13 +66,13 @@ def _tiles(S: int, K: int, G: int, E: int, dtype: torch.dtype, cache: torch.dtyp
     """
     if dtype == torch.float32:
         return 16, 4, 1
-    if _one_each(S, K, G) and E <= 128:
+    if _one_each(S, K, G, E) and E <= 128:
         return 128, 4, 3
     return (32, 1, 2) if _MANY <= S * K < 4 * _MANY and cache != torch.float8_e4m3fn else (32, 1, 3)
 
 
-def _one_each(S: int, K: int, G: int) -> bool:
-    return S * K in _ONE_EACH or (S == G == 1 and _ONE_EACH[-1] >= S * K)
+def _one_each(S: int, K: int, G: int, E: int) -> bool:
+    return S * K in _ONE_EACH or (S == G == 1 and _ONE_EACH.stop > K and E <= 128)
 
 
 def _padded_sequences(S: int) -> int:
@@ -88,9 +88,9 @@ def decode_variants(max_S: int, H: int, k_cache: torch.Tensor, dtype: torch.dtyp
     return list(first.values())
 
 
-def choose_splits(S: int, H: int, K: int, max_len: int, num_sms: int) -> int:
+def choose_splits(S: int, H: int, K: int, E: int, max_len: int, num_sms: int) -> int:
     """Items a sequence, for a graph captured for S sequences of up to `max_len` keys: one wave of programs."""
-    programs = num_sms * (8 if S * K >= _MANY else 1 if _one_each(S, K, H // K) else 2)
+    programs = num_sms * (8 if S * K >= _MANY else 1 if _one_each(S, K, H // K, E) else 2)
     shares = min(max(1, programs // (S * K)), -(-max_len // 32), 64)
     return shares + (S > 1)
 

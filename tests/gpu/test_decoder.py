@@ -283,10 +283,13 @@ def rank_main() -> None:
             whole = [torch.empty_like(normed) for _ in range(tp.size)]
             dist.all_gather(whole, normed)
             assert all(torch.equal(other, normed) for other in whole), f"{n} sequences: the ranks' activations differ"
-        # Sums in memory that all ranks reach, and by NCCL.
-        mixed = [
-            MixedStep(setup, tp, chunks) for chunks in (10, 63)
-        ]  # of the second, no number of ranks divides the tokens
+        # Of the second, no number of ranks divides the tokens.
+        mixed = [MixedStep(setup, tp, chunks) for chunks in (10, 63)]
+        with pytest.MonkeyPatch.context() as patch:  # products in parts, as of larger models
+            patch.setattr("tpserve.model.share_exchange._MIN_TILES", 0)
+            mixed.append(MixedStep(setup, tp, 63))
+        setup.exchanges = (None, None)  # by NCCL
+        mixed += [MixedStep(setup, tp, chunks) for chunks in (10, 63)]
         check_logits(setup, [1, 3, 8, 20, 50, 70])
         for step in mixed:
             step.check(setup)
