@@ -22,7 +22,7 @@ from tpserve.model.kernels.mixed import matmul
 from tpserve.model.kernels.paged_attention import choose_splits, decode_scratch, paged_decode_attention
 from tpserve.model.kernels.rope import rope_and_write
 from tpserve.model.kernels.row_exchange import RowExchange
-from tpserve.model.kernels.tiles import Tile, choose_tiles
+from tpserve.model.kernels.tiles import Stream, Tile, choose_tiles
 from tpserve.model.kv_cache import PagedKVCache
 from tpserve.model.llama import Llama, TransformerBlock
 from tpserve.model.matrix import Matrix, join
@@ -213,7 +213,9 @@ class DecodeStep:
                 pdl=self._pdl,
             )  # fmt: skip
 
-    def _add(self, x: torch.Tensor, w: Matrix, gain_D: torch.Tensor, s: int, index: int, tile: Tile | None) -> int:
+    def _add(
+        self, x: torch.Tensor, w: Matrix, gain_D: torch.Tensor, s: int, index: int, tile: Tile | Stream | None
+    ) -> int:
         """residual += x @ wᵀ summed over the ranks; returns the parts of the new sums of squares (0: not needed)."""
         if self._tp.size == 1 and tile is not None:
             return linear.add_product(x, w, self._normed, gain_D, s, tile, pdl=self._pdl)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 import importlib.util
 
 import torch
@@ -25,3 +27,13 @@ def supports(device: torch.device, dtype: torch.dtype, n_heads: int, n_kv_heads:
         and head_dim % 2 == 0
         and head_dim <= 256
     )
+
+
+@functools.cache
+def has_streams() -> bool:
+    """Whether `stream.py` compiles: Gluon, in which it is written, is still in motion from version to version."""
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return version.split(".")[:2] in (["3", "6"], ["3", "7"])

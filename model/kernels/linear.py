@@ -17,11 +17,12 @@ import torch
 import triton
 import triton.language as tl
 
+from tpserve.model.kernels import stream_linear
 from tpserve.model.kernels.all_reduce import WordExchange, push
 from tpserve.model.kernels.norm import Normed, inverse_rms, load_sums
 from tpserve.model.kernels.product import begin, pairs, product
 from tpserve.model.kernels.rope import as_kept
-from tpserve.model.kernels.tiles import Tile
+from tpserve.model.kernels.tiles import Stream, Tile
 from tpserve.model.matrix import Matrix
 
 
@@ -184,7 +185,7 @@ def qkv(
     positions_S: torch.Tensor,
     slots_S: torch.Tensor,
     s: int,
-    tile: Tile,
+    tile: Tile | Stream,
     *,
     pdl: bool,
 ) -> None:
@@ -196,6 +197,9 @@ def qkv(
         s: rows of the step.
         tile: its rows divide E.
     """
+    if isinstance(tile, Stream):
+        stream_linear.qkv(normed, parts, w_ND, q_SHE, k_cache, v_cache, rope_PC2, positions_S, slots_S, tile, pdl=pdl)
+        return
     (n, d), (_, h, e) = w_ND.shape, q_SHE.shape
     _launch(
         _qkv_kernel, tile, n // tile.rows, s, pdl,
@@ -204,8 +208,13 @@ def qkv(
     )  # fmt: skip
 
 
-def gate_up(normed: Normed, parts: int, w_ND: Matrix, y_SF: torch.Tensor, s: int, tile: Tile, *, pdl: bool) -> None:
+def gate_up(
+    normed: Normed, parts: int, w_ND: Matrix, y_SF: torch.Tensor, s: int, tile: Tile | Stream, *, pdl: bool
+) -> None:
     """SiLU(x @ w1ᵀ) · (x @ w3ᵀ); `w_ND` is w1 above w3."""
+    if isinstance(tile, Stream):
+        stream_linear.gate_up(normed, parts, w_ND, y_SF, tile, pdl=pdl)
+        return
     n, d = w_ND.shape
     _launch(
         _gate_up_kernel, tile, triton.cdiv(n, tile.rows), s, pdl,
@@ -215,9 +224,11 @@ def gate_up(normed: Normed, parts: int, w_ND: Matrix, y_SF: torch.Tensor, s: int
 
 
 def add_product(
-    x_SK: torch.Tensor, w_DK: Matrix, into: Normed, gain_D: torch.Tensor, s: int, tile: Tile, *, pdl: bool
+    x_SK: torch.Tensor, w_DK: Matrix, into: Normed, gain_D: torch.Tensor, s: int, tile: Tile | Stream, *, pdl: bool
 ) -> int:
     """residual += x @ wᵀ; returns the parts of the new sums of squares. The tile's rows divide D."""
+    if isinstance(tile, Stream):
+        return stream_linear.add_product(x_SK, w_DK, into, gain_D, tile, pdl=pdl)
     d, k = w_DK.shape
     _launch(
         _residual_kernel, tile, d // tile.rows, s, pdl,
@@ -228,9 +239,12 @@ def add_product(
 
 
 def push_product(
-    x_SK: torch.Tensor, w_DK: Matrix, exchange: WordExchange, s: int, index: int, tile: Tile, *, pdl: bool
+    x_SK: torch.Tensor, w_DK: Matrix, exchange: WordExchange, s: int, index: int, tile: Tile | Stream, *, pdl: bool
 ) -> None:
     """x @ wᵀ as `tile.split` terms of sum number `index` of the step; `WordExchange.add` makes the sum."""
+    if isinstance(tile, Stream):
+        stream_linear.push_product(x_SK, w_DK, exchange, index, tile, pdl=pdl)
+        return
     d, k = w_DK.shape
     _launch(
         _push_kernel, tile, d // tile.rows, s, pdl,

@@ -1,7 +1,8 @@
 """The inner part of the products of a decode step: one program owns BN rows of a weight and streams them.
 
 With one sequence it multiplies and adds in float32 and reduces once at the end; with up to 8, and for int4 always, the
-weight is the left operand of the tensor cores. Weights of fewer bits are widened in registers.
+weight is the left operand of the tensor cores. Weights of fewer bits are widened in registers. One sequence's products
+with int4 weights have kernels of their own (`stream.py`), where these are not for them.
 
 Programmatic dependent launch overlaps a kernel's start with its predecessor's end. The rule that keeps it right: before
 `gdc_wait` a kernel reads only weights and the step's input; it waits before reading anything that a step writes. A
@@ -17,7 +18,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from tpserve.model.kernels.int4 import int4, int4_by_lane, lane_groups
+from tpserve.model.kernels.int4 import int4
 
 
 @triton.jit
@@ -41,10 +42,7 @@ def begin(
         tl.inline_asm_elementwise(
             "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
         )
-    if MP == 1 and STAGES == 1 and GROUP > 0:
-        tl.static_assert(GROUP == 128 and DEPTH % GROUP == 0)
-        ahead = lane_groups(w_ptr, scale_ptr, k0 // GROUP, 0, K, DEPTH, BN, BK, ROWS)
-    elif MP == 1 and STAGES == 1:
+    if MP == 1 and STAGES == 1 and GROUP <= 0:
         ahead = _load_weights(w_ptr, rows, k0, 0, K, DEPTH, BK)
     else:
         ahead = 0
@@ -68,9 +66,7 @@ def product(
     last: of the rows of x that there are; what comes out beyond it means nothing. GROUP and scale_ptr: see `Matrix`;
     ROWS: of the whole weight.
     """
-    if GROUP > 0 and MP == 1 and STAGES == 1:
-        y = int4_by_lane(ahead, x_ptr, w_ptr, scale_ptr, k0 // GROUP, K, DEPTH, BN, BK, ROWS)
-    elif GROUP > 0:
+    if GROUP > 0:
         y = int4(x_ptr, w_ptr, scale_ptr, rows, last, k0, K, DEPTH, MP, BN, BK, STAGES, GROUP, ROWS)
     else:
         if MP == 1:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
+from tpserve.model.kernels import has_streams
 from tpserve.model.matrix import Matrix
 
 
@@ -30,25 +32,43 @@ class Tile:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Stream:
+    """A product by `stream.py`.
+
+    Attributes:
+        each: groups that a warp takes in a step.
+        stages: steps in the ring.
+        registers: of a lane.
+    """
+
+    each: int
+    stages: int
+    registers: int
+    warps: ClassVar[int] = 8
+    split: ClassVar[int] = 1
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Tiles:
     """The tiles of a step's five products."""
 
-    qkv: Tile
-    wo: Tile
-    gate_up: Tile
-    down: Tile
+    qkv: Tile | Stream
+    wo: Tile | Stream
+    gate_up: Tile | Stream
+    down: Tile | Stream
     head: Tile
 
     def all_with(self, *, prefetch: int = 0, early: bool = False) -> Tiles:
         """The same tiles with other ways to begin."""
         tiles = (self.qkv, self.wo, self.gate_up, self.down, self.head)
-        return Tiles(*(dataclasses.replace(tile, prefetch=prefetch, early=early) for tile in tiles))
+        changes = {"prefetch": prefetch, "early": early}
+        return Tiles(*(tile if isinstance(tile, Stream) else dataclasses.replace(tile, **changes) for tile in tiles))  # type: ignore[arg-type]
 
     def fit(self, dim: int, head_dim: int) -> Tiles:
         """Tiles whose rows divide what they must."""
 
-        def fit(tile: Tile, n: int) -> Tile:
-            return dataclasses.replace(tile, rows=min(tile.rows, n & -n))
+        def fit(tile: Tile | Stream, n: int) -> Tile | Stream:
+            return tile if isinstance(tile, Stream) else dataclasses.replace(tile, rows=min(tile.rows, n & -n))
 
         return dataclasses.replace(self, qkv=fit(self.qkv, head_dim), wo=fit(self.wo, dim), down=fit(self.down, dim))
 
@@ -75,15 +95,40 @@ def choose_tiles(
         mib = layer_bytes / 2**20
         if weight.scale is None:
             return _one(dim, mib) if s == 1 else _few(dim, mib)
-        return _fewer_bits(weight.scheme, weight.group, dim) if s == 1 else _few_of_fewer_bits(weight.scheme)
+        return _fewer_bits(weight.scheme, dim) if s == 1 else _few_of_fewer_bits(weight.scheme)
 
     qkv, wo, gate_up, down = (of(weight) for weight in weights)
-    return Tiles(qkv.qkv, wo.wo, gate_up.gate_up, down.down, qkv.head).fit(dim, head_dim)
+    tiles = Tiles(qkv.qkv, wo.wo, gate_up.gate_up, down.down, qkv.head).fit(dim, head_dim)
+    if s > 1 or not has_streams():
+        return tiles
+    others = (tiles.qkv, tiles.wo, tiles.gate_up, tiles.down)
+    ways = [_stream(weight, *ring) or tile for weight, ring, tile in zip(weights, _RINGS, others, strict=True)]
+    return Tiles(ways[0], ways[1], ways[2], ways[3], tiles.head)
 
 
-def _fewer_bits(scheme: str, group: int, dim: int) -> Tiles:
-    """For one sequence. In int4 a program's depth is the groups that its warps take at a time (one stage: groups of 128
-    only, and not the gate and the up projection)."""
+# The rings of QKV, wo, gate and up, and down: groups of a step a warp, at most; KiB; registers of a lane. Found on 7B.
+_RINGS = ((4, 108, 168), (2, 90, 128), (4, 180, 168), (4, 108, 168))
+_SHARED_BYTES = 227 << 10  # of a program, at most
+
+
+def _stream(weight: Matrix, each: int, ring_kib: int, registers: int) -> Stream | None:
+    """How `stream.py` takes this weight; None: it does not."""
+    rows, depth = weight.shape
+    if weight.scheme != "int4" or weight.group != 128 or rows % 16 != 0:
+        return None
+    warps = Stream.warps
+    # Groups that are not there cost as much as others: at most a fourth, where fewer a step help.
+    while each > 1 and -depth % (each * warps * 128) * 4 > depth:
+        each //= 2
+    step = each * warps * 128  # inputs
+    x_bytes = 2 * step << (-(-depth // step) - 1).bit_length()
+    room = min(ring_kib << 10, _SHARED_BYTES - x_bytes - (20 << 10))
+    stages = room // (each * warps * 16 * (64 + 8))
+    return Stream(each, min(stages, 12), registers) if stages >= 2 else None
+
+
+def _fewer_bits(scheme: str, dim: int) -> Tiles:
+    """For one sequence. In int4 a program's depth is the groups that its warps take at a time."""
     head = Tile(8, 1024, 4, 3)
     if scheme == "fp8" and dim >= _WIDE:
         tiles = Tiles(Tile(4, 512, 2, 3), Tile(8, 512, 2, 3), Tile(4, 1024, 2, 3), Tile(16, 512, 4, 3), head)
@@ -96,7 +141,7 @@ def _fewer_bits(scheme: str, group: int, dim: int) -> Tiles:
         tiles = Tiles(small, Tile(32, 256, 2, 6), Tile(32, 256, 2, 3), tile, head)
     else:
         tile, wide = Tile(32, 256, 2, 4), Tile(32, 512, 4, 4)
-        tiles = Tiles(tile, Tile(16, 2048, 4, 1) if group == 128 else tile, wide, wide, head)
+        tiles = Tiles(tile, tile, wide, wide, head)
     return tiles.all_with(prefetch=256 if scheme == "int4" else 512, early=True)
 
 

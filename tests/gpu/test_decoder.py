@@ -24,6 +24,7 @@ from tpserve.model.decoder import FusedDecoder, default_buckets
 from tpserve.model.kv_cache import PagedKVCache
 from tpserve.model.llama import Llama
 from tpserve.model.parallel import TensorParallel, num_kv_heads, shard
+from tpserve.model.quantized import quantize
 from tpserve.model.rope import rope_table
 
 pytestmark = [
@@ -41,7 +42,7 @@ SHAPES = {
 class Setup:
     """A random model whose cache holds random keys and values for `ROWS` sequences, and its decoder."""
 
-    def __init__(self, args: ModelArgs, tp: TensorParallel, buckets: Sequence[int]) -> None:
+    def __init__(self, args: ModelArgs, tp: TensorParallel, buckets: Sequence[int], quantization: str = "") -> None:
         device = torch.device("cuda", torch.cuda.current_device())
         with torch.device("meta"):
             model = Llama(args, MAX_LEN).to(torch.bfloat16)
@@ -52,6 +53,8 @@ class Setup:
         for name, parameter in model.named_parameters():
             mean, std = (1, 0.1) if parameter.ndim == 1 else (0, 0.06)
             parameter.data.normal_(mean, std, generator=shared if "norm" in name or "tok" in name else own)
+        if quantization:
+            quantize(model, quantization)
         blocks = ROWS * MAX_LEN // BLOCK
         self.cache = PagedKVCache(
             args.n_layers, blocks, BLOCK, num_kv_heads(args, tp), args.head_dim,
@@ -203,6 +206,10 @@ def soak(setup: Setup, tp: TensorParallel, exchanges: int, batches: list[tuple[t
     logits."""
     for _ in range(3):  # a batch may change another's past, until all have been there
         first = [setup.decoder(*batch).clone() for batch in batches]
+    for logits in first:
+        whole = [torch.empty_like(logits) for _ in range(tp.size)]
+        dist.all_gather(whole, logits)
+        assert all(torch.equal(other, logits) for other in whole), "the ranks' logits differ"
     wrong = torch.zeros((), dtype=torch.int64, device=setup.device)
     generator = torch.Generator().manual_seed(SEED + tp.rank)
     per_step = 2 * len(setup.model.layers) + 1
@@ -260,6 +267,26 @@ class MixedStep:
         assert plain < 0.05
 
 
+def int4_by_streams(tp: TensorParallel) -> None:
+    """One sequence of an int4 model by `stream.py`: as near to float32 as the plain network, the ranks all alike."""
+    from tpserve.model.kernels import has_streams
+    from tpserve.model.kernels.tiles import Stream
+
+    args = dataclasses.replace(SHAPES["wide"], ffn_hidden_dim=1536)  # of which each of four ranks has whole groups
+    setup = Setup(args, tp, [1, 4], quantization="int4")
+    if has_streams():
+        assert isinstance(setup.decoder.step.tiles[1].down, Stream)
+    for bucket in setup.decoder.buckets:
+        setup.decoder.capture(bucket)
+    for seed in range(10):
+        logits = setup.decoder(*setup.batch(1, seed)).clone()
+        every = [torch.empty_like(logits) for _ in range(tp.size)]
+        dist.all_gather(every, logits)
+        assert all(torch.equal(other, logits) for other in every), "int4: the ranks differ"
+    check_logits(setup, [1, 3])
+    setup.decoder.close()
+
+
 def rank_main() -> None:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
@@ -294,6 +321,7 @@ def rank_main() -> None:
         for step in mixed:
             step.check(setup)
         setup.decoder.close()
+    int4_by_streams(tp)
     exchanges = int(os.environ.get("TPSERVE_SOAK_EXCHANGES", "20000"))
     deep = Setup(
         dataclasses.replace(SHAPES["wide"], n_layers=24), tp, [1, 4, 8, 66, 67, 72]
