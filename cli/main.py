@@ -9,7 +9,7 @@ import fire
 
 from tpserve.cli.chat import chat
 from tpserve.cli.run import run
-from tpserve.engine.errors import TpserveError
+from tpserve.engine.errors import ConfigError, TpserveError
 
 _CONVERT_TEXTS = ("ckpt_dir", "out_dir", "tokenizer_path", "dtype", "format", "quantize")
 
@@ -91,7 +91,6 @@ def plan(checkpoint: str, tp: int) -> None:
     from pathlib import Path
 
     from tpserve.convert.describe import describe
-    from tpserve.engine.errors import ConfigError
     from tpserve.model.plan import show_shares
 
     try:
@@ -236,6 +235,16 @@ def _join_repeated(arguments: list[str], name: str) -> list[str]:
     return [*rest, f"--{name}={','.join(values)}"] if values else rest
 
 
+# A word that names a file or folder, without one behind it, is to fire a switch that is on.
+_PATHS = ("checkpoint", "ckpt_dir", "out_dir", "from", "to", "tokenizer_path", "against", "key_file", "alive_file")
+
+
+def _refuse_missing_paths(arguments: list[str]) -> None:
+    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+        if argument.startswith("--") and argument[2:].replace("-", "_") in _PATHS and following.startswith("--"):
+            raise ConfigError(f"{argument} needs a value behind it")
+
+
 def main() -> None:
     """Entry point of the `tpserve` command."""
     from tpserve.convert.errors import ConvertError
@@ -264,6 +273,7 @@ def main() -> None:
             "chat": chat,
         }
         arguments = _join_repeated(sys.argv[1:], "api_key")
+        _refuse_missing_paths(arguments)
         if arguments[:1] == ["convert"]:
             from tpserve.convert.__main__ import with_old_names
 

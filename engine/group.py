@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import gc
 import logging
 import os
 import time
@@ -232,5 +233,6 @@ def _free_cuda_bytes(config: EngineConfig, loaded: LoadedModel) -> int:
     free, total = torch.cuda.mem_get_info(loaded.device)
     foreign = total - free - torch.cuda.memory_reserved(loaded.device)
     del runner, cache
+    gc.collect()  # which does not run by itself yet
     torch.cuda.empty_cache()
     return max(0, int(total * config.gpu_memory_utilization) - foreign - peak)

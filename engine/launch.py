@@ -5,6 +5,7 @@ STORE says where torchrun's store is: "loopback", "elsewhere", or the number of 
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import sys
@@ -14,6 +15,7 @@ from tpserve.engine.process import LAUNCHER_PID, die_with_parent
 if __name__ == "__main__":
     die_with_parent(int(sys.argv[1]))
     os.environ[LAUNCHER_PID] = str(os.getpid())
+    gc.disable()  # as in `rank.py`
     # Imported here: they take a second, in which the parent may end.
     from torch.distributed.run import main
 
@@ -24,4 +26,6 @@ if __name__ == "__main__":
         arguments = ["--master-addr", "127.0.0.1", "--master-port", str(listen_on_loopback()), *arguments]
     elif where != "elsewhere":
         listen_on(socket.socket(fileno=int(where)))
+    gc.freeze()
+    gc.enable()
     main(arguments)

@@ -9,6 +9,7 @@ from tpserve.engine.channel import FollowerChannel, LeaderChannel
 from tpserve.engine.config import EngineConfig
 from tpserve.engine.core import EngineCore
 from tpserve.engine.errors import EngineError
+from tpserve.engine.process import settle_heap
 from tpserve.engine.protocol import Event, Heartbeat, Outputs, RankStatus, RankTrace, Reply, Status, StepMessage
 
 HEARTBEAT_INTERVAL_S = 0.5
@@ -36,6 +37,7 @@ def lead(core: EngineCore, config: EngineConfig, channel: LeaderChannel, fronten
     Raises:
         EngineError: another rank failed, fell silent or decided otherwise.
     """
+    settle_heap()
     agreement = _Agreement(config.tensor_parallel_size)
     heard_s = 0.0
     while not core.stopped:
@@ -70,6 +72,7 @@ def follow(core: EngineCore, config: EngineConfig, channel: FollowerChannel) -> 
     Raises:
         EngineError: rank 0 fell silent, or messages were lost.
     """
+    settle_heap()
     while not core.stopped:
         message = channel.receive()
         channel.beat()

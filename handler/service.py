@@ -13,7 +13,7 @@ from typing import Any
 from tpserve.engine.client import EngineClient
 from tpserve.engine.errors import ConfigError
 from tpserve.engine.grammar_check import GrammarChecker
-from tpserve.engine.process import die_with_parent, kill_parent_with_grandparent
+from tpserve.engine.process import die_with_parent, kill_parent_with_grandparent, settle_heap
 from tpserve.engine.requests import RequestReader
 from tpserve.engine.sampling_params import Guided
 from tpserve.engine.text.load import load_tokenizer
@@ -96,6 +96,7 @@ def start_backend(config: HandlerConfig, client: EngineClient, model_name: str =
         tokenizer, vocab_size, info.max_seq_len, _no_grammars if grammars is None else grammars.check
     )
     tracer = RequestTracer.from_environment()
+    settle_heap()
     return Backend(
         client, tokenizer, reader, config.defaults, threading.Event(), model_name, template, tracer, grammars
     )

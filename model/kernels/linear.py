@@ -17,7 +17,6 @@ import torch
 import triton
 import triton.language as tl
 
-from tpserve.model.kernels import stream_linear
 from tpserve.model.kernels.all_reduce import WordExchange, push
 from tpserve.model.kernels.norm import Normed, inverse_rms, load_sums
 from tpserve.model.kernels.product import begin, pairs, product
@@ -159,6 +158,7 @@ def padded_rows(s: int) -> int:
     return 1 if s == 1 else MAX_ROWS
 
 
+# `stream_linear` is imported where it is used: Gluon is not in every Triton (`has_streams`).
 def _launch(
     kernel: Any, tile: Tile, programs: int, s: int, pdl: bool, x: torch.Tensor | Normed, w: Matrix,
     *args: Any, **constants: Any,
@@ -198,6 +198,8 @@ def qkv(
         tile: its rows divide E.
     """
     if isinstance(tile, Stream):
+        from tpserve.model.kernels import stream_linear
+
         stream_linear.qkv(normed, parts, w_ND, q_SHE, k_cache, v_cache, rope_PC2, positions_S, slots_S, tile, pdl=pdl)
         return
     (n, d), (_, h, e) = w_ND.shape, q_SHE.shape
@@ -213,6 +215,8 @@ def gate_up(
 ) -> None:
     """SiLU(x @ w1ᵀ) · (x @ w3ᵀ); `w_ND` is w1 above w3."""
     if isinstance(tile, Stream):
+        from tpserve.model.kernels import stream_linear
+
         stream_linear.gate_up(normed, parts, w_ND, y_SF, tile, pdl=pdl)
         return
     n, d = w_ND.shape
@@ -228,6 +232,8 @@ def add_product(
 ) -> int:
     """residual += x @ wᵀ; returns the parts of the new sums of squares. The tile's rows divide D."""
     if isinstance(tile, Stream):
+        from tpserve.model.kernels import stream_linear
+
         return stream_linear.add_product(x_SK, w_DK, into, gain_D, tile, pdl=pdl)
     d, k = w_DK.shape
     _launch(
@@ -243,6 +249,8 @@ def push_product(
 ) -> None:
     """x @ wᵀ as `tile.split` terms of sum number `index` of the step; `WordExchange.add` makes the sum."""
     if isinstance(tile, Stream):
+        from tpserve.model.kernels import stream_linear
+
         stream_linear.push_product(x_SK, w_DK, exchange, index, tile, pdl=pdl)
         return
     d, k = w_DK.shape

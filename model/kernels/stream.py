@@ -2,12 +2,12 @@
 
 A layer of int4 weights is read in the time that a few kernels take to start, so what counts is that reading does not
 stop between them. A program fills a ring in shared memory with its first weights, then waits for the kernel in front
-of it (programmatic dependent launch), and goes on from there. The ring is so large that a multiprocessor has room for
-one program of a kernel: smaller programs of the next kernel gather where the last one's end first, and the other
-multiprocessors idle.
+of it (programmatic dependent launch), and goes on from there. The rings are so large that a multiprocessor has room for
+one program of most kernels: smaller programs gather where the last kernel's end first, and the other multiprocessors
+idle.
 
 A program takes the weight's rows 16 at a time, each of its warps one group of inputs (`GROUP`) after the other. Both
-operands are bytes: q, which one or two instructions take out of eight weights at a time, and x in 16 bits a number,
+operands are bytes: q, which three instructions take out of eight weights, and x in 16 bits a number,
 of its group's largest; its upper and lower bytes are two columns of one product of integers, which is exact. The parts
 of the warps lie in shared memory until the end, when all rows are added up and finished at once.
 
@@ -191,7 +191,7 @@ def _quantised(x, xs, x_scales, x_sums, GROUPS: gl.constexpr, WARPS: gl.constexp
     PLAIN2: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     PLAIN3: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
     groups = gl.reshape(x.to(gl.float32), [P * GROUPS, GROUP])
-    most = gl.max(gl.abs(groups), 1)
+    most = gl.max(gl.abs(groups), 1) + 0.0 * gl.sum(groups, 1)  # which keeps a NaN
     wide = gl.expand_dims(gl.where(most > 0, 32512.0 / most, 0.0), 1)
     # Behind 1.5 · 2^23 a float32's last bits are a rounded integer.
     q = (groups * wide + 12582912.0).to(gl.int32, bitcast=True) - 0x4B400000
@@ -283,6 +283,7 @@ def stream(
             parts.index(t).store(gl.max(y, 2))  # four alike
             y = gl.zeros([WARPS, 16, 4], gl.float32, SUMS)
         t, k = _next(t, k, STEPS)
+    async_copy.wait_group(0)  # those of nothing, too: what follows may use the ring's memory
     _barrier()
     FEW: gl.constexpr = gl.BlockedLayout([1, WARPS, 2], [4, 1, 8], [WARPS, 1, 1], [2, 1, 0])
     y = gl.sum(parts._reinterpret(gl.float32, [MOST, WARPS, 16], PLAIN3).load(FEW), 1)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
+import torch
+
 from tpserve.model.kernels import has_streams
 from tpserve.model.matrix import Matrix
 
@@ -108,7 +110,6 @@ def choose_tiles(
 
 # The rings of QKV, wo, gate and up, and down: groups of a step a warp, at most; KiB; registers of a lane. Found on 7B.
 _RINGS = ((4, 108, 168), (2, 90, 128), (4, 180, 168), (4, 108, 168))
-_SHARED_BYTES = 227 << 10  # of a program, at most
 
 
 def _stream(weight: Matrix, each: int, ring_kib: int, registers: int) -> Stream | None:
@@ -120,11 +121,21 @@ def _stream(weight: Matrix, each: int, ring_kib: int, registers: int) -> Stream 
     # Groups that are not there cost as much as others: at most a fourth, where fewer a step help.
     while each > 1 and -depth % (each * warps * 128) * 4 > depth:
         each //= 2
-    step = each * warps * 128  # inputs
-    x_bytes = 2 * step << (-(-depth // step) - 1).bit_length()
-    room = min(ring_kib << 10, _SHARED_BYTES - x_bytes - (20 << 10))
-    stages = room // (each * warps * 16 * (64 + 8))
+    processors, shared_bytes = _processors(weight.q.device)
+    steps = -(-depth // (each * warps * 128))
+    most = -(-rows // 16 // min(processors, rows // 16))  # tiles of a program
+    # x and its groups' scales and sums, and the warps' parts; both are padded to powers of two.
+    others = (1 << (steps - 1).bit_length()) * each * warps * (256 + 8) + (1 << (most - 1).bit_length()) * warps * 64
+    stages = min(ring_kib << 10, shared_bytes - others - 1024) // (each * warps * 16 * (64 + 8))
     return Stream(each, min(stages, 12), registers) if stages >= 2 else None
+
+
+def _processors(device: torch.device) -> tuple[int, int]:
+    """Multiprocessors, and the shared memory that a program may have: CUDA's table of compute capabilities."""
+    if device.type != "cuda":
+        return 132, 227 << 10
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, (227 if properties.major in (9, 10) else 99) << 10
 
 
 def _fewer_bits(scheme: str, dim: int) -> Tiles:
