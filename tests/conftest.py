@@ -1,6 +1,5 @@
 """Settings for every test."""
 
-import gc
 from typing import Any
 
 import pytest
@@ -24,11 +23,6 @@ settings.load_profile("tpserve")
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("numprocesses", default=None):
         items.sort(key=lambda item: _place(item.nodeid))
-
-
-def pytest_collection_finish() -> None:
-    gc.collect()
-    gc.freeze()  # all tests and what they import: hundreds of rounds over it would find nothing
 
 
 def _place(nodeid: str) -> int:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 
 import pytest
-
-from tpserve.cli.main import main
 
 
 @pytest.mark.parametrize(
@@ -18,11 +17,7 @@ from tpserve.cli.main import main
         (["node", "host:1", "--key-file"], "--key-file"),
     ],
 )
-def test_an_option_whose_value_was_forgotten_is_said_to_lack_it(
-    arguments: list[str], option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["tpserve", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code == 2
-    assert capsys.readouterr().err == f"error: {option} needs a value behind it\n"
+def test_an_option_whose_value_was_forgotten_is_said_to_lack_it(arguments: list[str], option: str) -> None:
+    command = [sys.executable, "-m", "tpserve.cli", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, f"error: {option} needs a value behind it\n")

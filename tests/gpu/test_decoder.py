@@ -127,6 +127,14 @@ def test_logits(shape: str) -> None:
     check_logits(one_rank(shape, [1, 2, 8, 16, 32, 64]), [1, 2, 3, 8, 13, 32, 50, 64])
 
 
+@pytest.mark.parametrize("shape", [(4096, 32, 8, 11008), (1280, 20, 4, 3456)])
+def test_int4_at_real_widths(shape: tuple[int, int, int, int]) -> None:
+    """Several steps a tile, the last of them short, and more tiles a program than its ring holds steps."""
+    dim, heads, kv_heads, ffn = shape
+    setup = Setup(ModelArgs(dim, 1, heads, kv_heads, 512, ffn), TensorParallel(), [1], quantization="int4")
+    check_logits(setup, [1])
+
+
 @pytest.mark.parametrize("n", [1, 3, 7, 40])
 def test_writes_the_new_keys_and_values_and_nothing_else(n: int) -> None:
     setup = one_rank("wide", [1, 4, 8, 64])
