@@ -3,13 +3,14 @@ weights, or of a checkpoint.
 
 Random prompts, greedy, no EOS; client, sockets, scheduler, paged cache and sampler are those that serve. The method is
 that of the peer's benchmark: time to first token is the fastest of four runs of one token; a step is the difference to
-the fastest of two runs of `new` tokens, divided by the steps between; throughput is all output tokens by the time from
-the first submission to the last token. `roofline` says what each could have taken.
+the fastest of two runs of `new` tokens, divided by the steps between; throughput is the median over several runs of all
+output tokens by the time from the first submission to the last token. `roofline` says what each could have taken.
 """
 
 from __future__ import annotations
 
 import random
+import statistics
 import tempfile
 import threading
 import time
@@ -126,9 +127,9 @@ def latency(engine: Engine, batch: int, prompt_tokens: int, new: int) -> dict[st
             "step_ms": step_ms, "tokens_per_s": 1e3 * batch / step_ms}  # fmt: skip
 
 
-def throughput(engine: Engine, requests: int, prompt_tokens: int, new: int) -> dict[str, Any]:
-    """Output tokens a second of many requests at once."""
+def throughput(engine: Engine, requests: int, prompt_tokens: int, new: int, runs: int = 3) -> dict[str, Any]:
+    """Output tokens a second of many requests at once; "each": of every run."""
     engine.run(requests, prompt_tokens, 8)
-    elapsed_s = engine.run(requests, prompt_tokens, new)
+    each = [requests * new / engine.run(requests, prompt_tokens, new) for _ in range(runs)]
     return {"kind": "thr", "batch": requests, "in": prompt_tokens, "out": new, "ttft_ms": 0.0, "step_ms": 0.0,
-            "tokens_per_s": requests * new / elapsed_s}  # fmt: skip
+            "tokens_per_s": statistics.median(each), "each": each}  # fmt: skip

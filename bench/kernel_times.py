@@ -76,6 +76,8 @@ class Steps:
         )  # fmt: skip
         with torch.inference_mode():
             self.network.warm_up()
+            while self.network.improvable:
+                self.network.improve(idle=True)
 
     def prefill(self, num_tokens: int, each: int = 512) -> StepInputs:
         """Prompts of up to `each` tokens, `num_tokens` together; up to 1,024 are one prompt."""

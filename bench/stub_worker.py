@@ -28,6 +28,8 @@ class StubNetwork:
         vocab_size: V.
     """
 
+    improvable = False
+
     def __init__(self, vocab_size: int) -> None:
         self._logits_1V = torch.randn(1, vocab_size, generator=torch.Generator().manual_seed(0))
         self._step_s = float(os.environ.get("TPSERVE_STUB_STEP_MS", "0")) / 1e3
@@ -43,6 +45,9 @@ class StubNetwork:
         return self._logits_1V.expand(len(rows), -1)
 
     def warm_up(self) -> None:
+        """Nothing."""
+
+    def improve(self, idle: bool) -> None:
         """Nothing."""
 
     def close(self) -> None:

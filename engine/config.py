@@ -49,7 +49,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             at most 1 GiB; on CUDA by gpu_memory_utilization.
         fused_kernels: compute with kernels of our own where there are any for the device, the type and the model; on a
             CPU: compile the decode step of a single sequence (with `cuda_graphs`, at tensor-parallel size 1).
-        cuda_graphs: launch a decode step as one graph.
+        cuda_graphs: launch a small step as one graph; the same bits come without.
         gpu_memory_utilization: fraction of the device's memory that weights, activations and KV cache may fill.
         start_timeout_s: from launch to ready.
         step_timeout_s: without a heartbeat for so long, the group is taken for hung.

@@ -48,6 +48,9 @@ class Runner(Protocol):
     def draw(self, step: Any, masks: NDArray[np.int32] | None) -> None: ...
     def finish(self, step: Any) -> StepResult: ...
     def close(self) -> None: ...
+    def improve(self, idle: bool) -> None: ...
+    @property
+    def improvable(self) -> bool: ...
 
 
 class EngineCore:
@@ -83,6 +86,11 @@ class EngineCore:
     def has_work(self) -> bool:
         """Whether a step would compute anything, or one is under way."""
         return self.scheduler.has_work or self._under_way is not None
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether the next step may wait for requests: there is nothing to compute, and nothing to make faster."""
+        return not (self.has_work or self._runner.improvable)
 
     def apply(self, events: list[Event]) -> None:
         """Takes in what rank 0 ordered before this step."""
@@ -125,6 +133,9 @@ class EngineCore:
         if self._under_way is not None:
             self._finish()
         self._under_way = started
+        if self._runner.improvable:  # on all ranks alike: they have done the same steps
+            with trace.span("improve"):
+                self._runner.improve(idle=not self.has_work)
         self.step_count += 1
         trace.end_step()
         outputs, self._outputs = self._outputs, []

@@ -146,7 +146,7 @@ def _load(
             f"the KV cache holds {num_blocks} blocks, one sequence of max_seq_len {config.max_seq_len} needs {needed}; "
             "lower max_seq_len, or raise num_kv_blocks, kv_cache_bytes or gpu_memory_utilization"
         )
-    runner = _runner(config, loaded, _cache(config, loaded, num_blocks), graphs=True, queue=queue)
+    runner = _runner(config, loaded, _cache(config, loaded, num_blocks), queue=queue)
     runner.warm_up()
     logger.info("ready to compute after %.2f s", time.monotonic() - started_s)
     return loaded, num_blocks, runner, probe
@@ -159,13 +159,18 @@ def _dtype(config: EngineConfig) -> torch.dtype:
 
 
 def _runner(
-    config: EngineConfig, loaded: LoadedModel, cache: PagedKVCache, *, graphs: bool, queue: DeviceQueue | None = None
+    config: EngineConfig,
+    loaded: LoadedModel,
+    cache: PagedKVCache,
+    *,
+    small_steps: bool = True,
+    queue: DeviceQueue | None = None,
 ) -> ModelRunner:
     def network(tokens_RL: torch.Tensor, tables_RB: torch.Tensor) -> Network:
         return choose_network(
             loaded.model, cache, tokens_RL, tables_RB, loaded.tp, max_num_seqs=config.max_num_seqs,
             max_num_tokens=config.max_num_batched_tokens, fused=config.fused_kernels,
-            graphs=graphs and config.cuda_graphs,
+            graphs=config.cuda_graphs, small_steps=small_steps,
         )  # fmt: skip
 
     return ModelRunner(network, loaded.info.args.vocab_size, loaded.device, cache, config, queue)
@@ -220,7 +225,7 @@ def _free_cuda_bytes(config: EngineConfig, loaded: LoadedModel) -> int:
     blocks = -(-length // config.block_size)
     torch.cuda.reset_peak_memory_stats(loaded.device)
     cache = _cache(config, loaded, blocks)
-    runner = _runner(config, loaded, cache, graphs=False)
+    runner = _runner(config, loaded, cache, small_steps=False)
     runner.warm_up()  # kernels compiled together, sooner than one by one below
     prompt = Sequence("profile", [0] * length, SamplingParams(), max_seq_len=length + 1, eos_token_ids=())
     prompt.block_table, prompt.row = list(range(blocks)), 0

@@ -41,7 +41,7 @@ def lead(core: EngineCore, config: EngineConfig, channel: LeaderChannel, fronten
     agreement = _Agreement(config.tensor_parallel_size)
     heard_s = 0.0
     while not core.stopped:
-        events = frontend.receive(0.0 if core.has_work else HEARTBEAT_INTERVAL_S)
+        events = frontend.receive(HEARTBEAT_INTERVAL_S if core.is_idle else 0.0)
         channel.send(StepMessage(core.step_count, events))
         core.apply(events)
         outputs = core.step()

@@ -97,6 +97,15 @@ class ModelRunner:
         """Does what would otherwise delay the first steps; on several ranks, all do it together."""
         self.network.warm_up()
 
+    @property
+    def improvable(self) -> bool:
+        """Whether `improve` has anything left to do."""
+        return self.network.improvable
+
+    def improve(self, idle: bool) -> None:
+        """See `Network.improve`; between `draw` and the next `launch`."""
+        self._queue.submit(lambda: self.network.improve(idle)).result()
+
     def close(self) -> None:
         """Lets go of what holds on to the process group."""
         self.network.close()

@@ -25,6 +25,9 @@ class ChunkGraphs:
         forward: what is captured.
         tokens_RL: int64, the rows' tokens.
         vocab_size: of the logits.
+
+    Attributes:
+        wanted: the bucket of the last step that found no graph, until it has one.
     """
 
     def __init__(self, forward: FusedForward, tokens_RL: torch.Tensor, vocab_size: int) -> None:
@@ -32,16 +35,19 @@ class ChunkGraphs:
         self._forward, self._tokens_RL = forward, tokens_RL
         self._staged = Staged.empty(BUCKETS[-1], MAX_PARTS, device)
         self._logits_NV = torch.zeros(MAX_PARTS, vocab_size, dtype=torch.float32, device=device)
+        self.wanted: int | None = None
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
 
     def fits(self, num_tokens: int, num_parts: int, num_logits: int) -> bool:
-        """Whether there is a graph for such a step."""
-        return num_parts <= MAX_PARTS and num_logits <= MAX_PARTS and self._bucket(num_tokens) is not None
+        """Whether a step is of this kind."""
+        return num_parts <= MAX_PARTS and num_logits <= MAX_PARTS and num_tokens <= BUCKETS[-1]
 
-    def _bucket(self, num_tokens: int) -> int | None:
-        return next((bucket for bucket in BUCKETS if bucket >= num_tokens and bucket in self._graphs), None)
+    @property
+    def missing(self) -> list[int]:
+        """Buckets without a graph, ascending."""
+        return [bucket for bucket in BUCKETS if bucket not in self._graphs]
 
     def _compute(self, bucket: int) -> None:
         staged = self._staged
@@ -65,6 +71,7 @@ class ChunkGraphs:
                 self._compute(bucket)
         current.wait_stream(self._stream)
         self._graphs[bucket] = graph
+        self.wanted = None
 
     def __call__(
         self,
@@ -74,13 +81,17 @@ class ChunkGraphs:
         chunks_3P: torch.Tensor,
         logits_rows_N: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Replays a step that `fits`; arguments as `StepInputs` has them.
+        """Runs a step that `fits`: by its bucket's graph; where that is still to be captured, by the same kernels, one
+        by one, on the same padding. Arguments as `StepInputs` has them.
 
         Returns:
             float32 logits [N, V], overwritten by the next call.
         """
-        bucket = self._bucket(len(rows_T))
-        assert bucket is not None
+        bucket = min(bucket for bucket in BUCKETS if bucket >= len(rows_T))
         self._staged.stage(bucket, rows_T, positions_T, num_decodes, chunks_3P, logits_rows_N)
-        self._graphs[bucket].replay()
+        if bucket in self._graphs:
+            self._graphs[bucket].replay()
+        else:
+            self.wanted = bucket
+            self._compute(bucket)
         return self._logits_NV[: len(rows_T) if logits_rows_N is None else len(logits_rows_N)]

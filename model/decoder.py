@@ -35,6 +35,9 @@ class FusedDecoder:
         tables_RB: int64 block tables.
         max_num_seqs: the largest batch.
         buckets: batch sizes; None: `default_buckets`.
+
+    Attributes:
+        wanted: the bucket of the last step that found no graph, until it has one.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class FusedDecoder:
         self.buckets = sorted(set(buckets or default_buckets(max_num_seqs)))
         self.step = DecodeStep(model, cache, tp, tokens_RL, tables_RB, self.buckets)
         self._device = tokens_RL.device
+        self.wanted: int | None = None
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
@@ -89,6 +93,12 @@ class FusedDecoder:
                 self.step.enqueue(bucket)
         current.wait_stream(self._stream)
         self._graphs[bucket] = graph
+        self.wanted = None
+
+    @property
+    def missing(self) -> list[int]:
+        """Buckets without a graph, ascending."""
+        return [bucket for bucket in self.buckets if bucket not in self._graphs]
 
     def enqueue_all(self) -> None:
         """A step of padding of every bucket, so that `compiled_together` sees all kernels."""
@@ -101,12 +111,12 @@ class FusedDecoder:
         torch.cuda.synchronize(self._device)
         self._graphs.clear()
 
-    def ready(self, n: int) -> bool:
-        """Whether a batch of `n` has a graph."""
-        return any(bucket >= n for bucket in self._graphs)
+    def fits(self, n: int) -> bool:
+        """Whether a batch of `n` has a bucket."""
+        return n <= self.buckets[-1]
 
     def __call__(self, rows_N: torch.Tensor, positions_N: torch.Tensor) -> torch.Tensor:
-        """Runs one step.
+        """Runs one step: by its bucket's graph; where that is still to be captured, by the same kernels, one by one.
 
         Args:
             rows_N: int64, the sequences' rows.
@@ -116,12 +126,17 @@ class FusedDecoder:
             float32 logits [N, V], the same bits on every rank; overwritten by the next call.
         """
         n = len(rows_N)
-        bucket = min(bucket for bucket in self._graphs if bucket >= n)
+        bucket = min(bucket for bucket in self.buckets if bucket >= n)
         self.step.rows_S[:n].copy_(rows_N)
         self.step.positions_S[:n].copy_(positions_N)
         if n < bucket:
             self.step.positions_S[n:bucket].fill_(-1)
-        self._graphs[bucket].replay()
+        if bucket in self._graphs:
+            self._graphs[bucket].replay()
+        else:
+            self.wanted = bucket
+            with _products_by("cublaslt"):
+                self.step.enqueue(bucket)
         return self.step.logits_SV[:n]
 
 

@@ -15,7 +15,7 @@ import importlib.util
 import logging
 import time
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -27,6 +27,9 @@ from tpserve.model.kv_cache import PagedKVCache
 from tpserve.model.llama import Llama
 from tpserve.model.parallel import TensorParallel
 from tpserve.model.quantized import has_integers, weight_bytes
+
+if TYPE_CHECKING:
+    from tpserve.model.chunk_graphs import ChunkGraphs
 
 # Smaller models stay in the processor's caches, and a step is made of launches.
 WORTH_COMPILING_BYTES = 64 << 20
@@ -66,12 +69,34 @@ class Network(Protocol):
         """Does what would otherwise delay the first steps."""
         ...
 
+    @property
+    def improvable(self) -> bool:
+        """Whether `improve` has anything left to do."""
+        ...
+
+    def improve(self, idle: bool) -> None:
+        """Between steps: a piece, tens of milliseconds, of what makes later ones faster and changes no bit of them.
+
+        Args:
+            idle: nobody waits for a step: also what no step has asked for yet. On several ranks alike.
+        """
+        ...
+
     def close(self) -> None:
         """Lets go of what holds on to the process group; no further call."""
         ...
 
 
-class PlainNetwork:
+class _Finished:
+    """A network that has nothing to improve."""
+
+    improvable = False
+
+    def improve(self, idle: bool) -> None:
+        """Nothing."""
+
+
+class PlainNetwork(_Finished):
     """`Llama.forward`, operation by operation.
 
     Args:
@@ -136,8 +161,9 @@ class FusedNetwork:
         model, cache, tokens_RL, tables_RB: as for `PlainNetwork`.
         tp: this rank's place.
         max_num_seqs: the largest batch that decodes.
-        graphs: whether to capture graphs at `warm_up`.
+        graphs: whether to capture graphs; without, the same kernels are launched one by one.
         max_num_tokens: of a step.
+        small_steps: whether decodes and small chunks have ways of their own; without, there is less to make.
     """
 
     def __init__(
@@ -151,6 +177,7 @@ class FusedNetwork:
         max_num_seqs: int,
         graphs: bool,
         max_num_tokens: int = _MAX_SHARED_ROWS,
+        small_steps: bool = True,
     ) -> None:
         from tpserve.model.chunk_graphs import BUCKETS, ChunkGraphs  # these need Triton
         from tpserve.model.decode_step import fuse
@@ -168,19 +195,19 @@ class FusedNetwork:
             shared = min(max_num_tokens, _MAX_SHARED_ROWS)
             many = ShareExchange.make(tp, shared, model.args.dim, weight.dtype, weight.device)
         self._decoder: FusedDecoder | None = None
-        if graphs:
+        if small_steps:
             self._decoder = FusedDecoder(model, cache, tp, tokens_RL, tables_RB, max_num_seqs=max_num_seqs)
             layers = self._decoder.step.layers
         else:
             layers = [fuse(block) for block in model.layers]  # type: ignore[arg-type]
         self._forward = FusedForward(model, layers, cache, tp, tables_RB, few, many)
-        self._chunk_graphs = ChunkGraphs(self._forward, tokens_RL, model.args.vocab_size) if graphs else None
-        self._chunk_buckets = BUCKETS
+        self._chunk_graphs = ChunkGraphs(self._forward, tokens_RL, model.args.vocab_size) if small_steps else None
+        self._captures = graphs
 
     def __call__(self, inputs: StepInputs) -> torch.Tensor:
         """See `Network`."""
         rows_T, positions_T, decoder = inputs.rows_T, inputs.positions_T, self._decoder
-        if decoder is not None and inputs.chunks_3P is None and decoder.ready(len(rows_T)):
+        if decoder is not None and inputs.chunks_3P is None and decoder.fits(len(rows_T)):
             logits_TV = decoder(rows_T, positions_T)
             return logits_TV if inputs.logits_rows_N is None else logits_TV[inputs.logits_rows_N]
         chunks, graphs = None, self._chunk_graphs
@@ -197,7 +224,7 @@ class FusedNetwork:
         )  # fmt: skip
 
     def warm_up(self) -> None:
-        """Compiles what mixed steps need, and captures the graphs, largest first: they share pools of memory."""
+        """Compiles every kernel; graphs are captured between the steps (`improve`)."""
         from tpserve.model.kernels.precompile import compiled_together
 
         started_s = time.monotonic()
@@ -207,23 +234,33 @@ class FusedNetwork:
             if self._decoder is not None:
                 self._decoder.enqueue_all()
         self._forward.compile()
-        compiled_s = time.monotonic()
-        if self._decoder is not None:
-            for bucket in reversed(self._decoder.buckets):
-                self._decoder.capture(bucket)
-        if self._chunk_graphs is not None:
-            for bucket in reversed(self._chunk_buckets):
-                self._chunk_graphs.capture(bucket)
-        logger.info(
-            "compiled kernels in %.1f s, captured graphs in %.1f s",
-            compiled_s - started_s, time.monotonic() - compiled_s,
-        )  # fmt: skip
+        logger.info("compiled kernels in %.1f s", time.monotonic() - started_s)
+
+    @property
+    def improvable(self) -> bool:
+        """See `Network`."""
+        return any(graphs.missing for graphs in self._to_capture())
+
+    def improve(self, idle: bool) -> None:
+        """Captures one graph: of the last step that found none, else, when idle, the largest missing one."""
+        for graphs in self._to_capture():
+            if graphs.wanted is not None:
+                graphs.capture(graphs.wanted)
+                return
+        for graphs in self._to_capture() if idle else ():
+            if graphs.missing:
+                graphs.capture(graphs.missing[-1])
+                return
+
+    def _to_capture(self) -> list[FusedDecoder | ChunkGraphs]:
+        both = (self._decoder, self._chunk_graphs) if self._captures else ()
+        return [graphs for graphs in both if graphs is not None]
 
     def close(self) -> None:
         """Drops the graphs: NCCL's end waits for those that hold its kernels."""
         if self._decoder is not None:
             self._decoder.close()
-        self._chunk_graphs = None
+        self._chunk_graphs, self._captures = None, False
 
 
 def choose_network(
@@ -237,16 +274,24 @@ def choose_network(
     max_num_tokens: int,
     fused: bool,
     graphs: bool,
+    small_steps: bool = True,
 ) -> Network:
-    """The fastest network that is wanted and that this machine, type and shape have."""
+    """The fastest network that is wanted and that this machine, type and shape have; arguments: `FusedNetwork`."""
     if fused and importlib.util.find_spec("triton") and FusedDecoder.supports(model, tokens_RL.device):
         return FusedNetwork(
             model, cache, tokens_RL, tables_RB, tp, max_num_seqs=max_num_seqs, max_num_tokens=max_num_tokens,
-            graphs=graphs,
+            graphs=graphs, small_steps=small_steps,
         )  # fmt: skip
     large = weight_bytes(model) >= WORTH_COMPILING_BYTES
     if large and tokens_RL.device.type == "cpu":
         consolidate(model)
-    if fused and graphs and large and tp.size == 1 and CompiledDecoder.supports(model, tables_RB.shape[1]):
+    if (
+        fused
+        and graphs
+        and small_steps
+        and large
+        and tp.size == 1
+        and CompiledDecoder.supports(model, tables_RB.shape[1])
+    ):
         return CompiledNetwork(model, cache, tokens_RL, tables_RB)
     return PlainNetwork(model, cache, tokens_RL, tables_RB)

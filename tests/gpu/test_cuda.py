@@ -107,6 +107,33 @@ def test_half_precision_is_near(checkpoint: Path, dtype: str) -> None:
         assert abs(a[0] - b[0]) < 0.1
 
 
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_bfloat16_tokens_are_the_same_with_graphs_before_them_and_without(checkpoint: Path, tp: int) -> None:
+    """One stream at a time: which streams share a step depends on when they come, and so do a sum's last bits."""
+    if torch.cuda.device_count() < tp:
+        pytest.skip(f"{tp} GPUs needed, {torch.cuda.device_count()} here")
+
+    def alone(**how: Any) -> list[tuple[list[int], list[float]]]:
+        config = EngineConfig(
+            checkpoint_dir=str(checkpoint), device="cuda", tensor_parallel_size=tp, dtype="bfloat16", max_seq_len=512,
+            max_num_seqs=16, enable_prefix_caching=False, standby=False, **how,
+        )  # fmt: skip
+        client = EngineClient(config)
+        try:
+            client.start()
+            streams = []
+            for prompt in PROMPTS + PROMPTS:  # the first run before their graphs are there
+                stream = Collected(client, prompt, max_new_tokens=40, ignore_eos=True, temperature=0.0, logprobs=0)
+                streams.append((stream.wait(), stream.logprobs))
+            return streams
+        finally:
+            client.close()
+
+    with_graphs = alone()
+    assert with_graphs[: len(PROMPTS)] == with_graphs[len(PROMPTS) :]
+    assert with_graphs == alone(cuda_graphs=False)
+
+
 @pytest.mark.parametrize("how", [{"async_scheduling": False}, {"num_speculative_tokens": 4}, {"num_kv_blocks": 40}])
 def test_planning_ahead_drafts_and_preemption_change_no_token(checkpoint: Path, how: dict[str, Any]) -> None:
     assert answers(checkpoint, "cuda", 1, "float32", 0.8, **how)[0] == answers(checkpoint, "cuda", 1, "float32", 0.8)[0]

@@ -179,14 +179,33 @@ def test_the_modules_keep_views_of_the_joined_weights() -> None:
     )
 
 
-def test_ready_and_supports() -> None:
+def test_a_graph_gives_the_bits_of_the_steps_before_it() -> None:
+    setup = one_rank("wide", [1, 4, 8, 64])
+    check_captures(setup, [1, 3, 8, 40])
+
+
+def check_captures(setup: Setup, sizes: Sequence[int]) -> None:
+    """Steps before and after their capture are alike; what is captured is what was asked for."""
+    decoder = setup.decoder
+    batches = [setup.batch(n, seed=n) for n in sizes]
+    before = [decoder(*batch).clone() for batch in batches]
+    assert decoder.missing == decoder.buckets
+    assert decoder.wanted == min(bucket for bucket in decoder.buckets if bucket >= sizes[-1])
+    decoder.capture(decoder.wanted)
+    assert decoder.wanted is None
+    for bucket in decoder.missing:
+        decoder.capture(bucket)
+    assert not decoder.missing
+    for batch, logits in zip(batches, before, strict=True):
+        assert torch.equal(decoder(*batch), logits), f"{len(batch[0])} sequences"
+    assert decoder.wanted is None
+
+
+def test_fits_and_supports() -> None:
     setup = one_rank("wide", [1, 4])
     assert FusedDecoder.supports(setup.model, setup.device)
     assert not FusedDecoder.supports(setup.model, torch.device("cpu"))
-    assert not setup.decoder.ready(1)
-    setup.decoder.capture(1)
-    assert setup.decoder.ready(1)
-    assert not setup.decoder.ready(2)
+    assert [n for n in range(1, 6) if setup.decoder.fits(n)] == [1, 2, 3, 4]
     assert default_buckets(1) == [1]
     assert default_buckets(20) == [1, 2, 4, 8, 16, 32]
 
@@ -306,8 +325,7 @@ def rank_main() -> None:
         setup = Setup(SHAPES[shape], tp, [1, 4, 8, 16, 32, 64, 72])
         assert setup.decoder.step.exchanges_words
         assert setup.decoder.step.exchanges_rows
-        for bucket in setup.decoder.buckets:
-            setup.decoder.capture(bucket)
+        check_captures(setup, [1, 3, 8, 20, 50, 70])
         for n in (1, 3, 8, 20, 50, 70):
             logits = setup.decoder(*setup.batch(n)).clone()
             every = [torch.empty_like(logits) for _ in range(tp.size)]

@@ -46,7 +46,7 @@ def llama(dim: int, heads: int, kv_heads: int) -> Llama:
 class Driver:
     """Gives the same steps to a network, with tokens that do not depend on it."""
 
-    def __init__(self, model: Llama, dtype: torch.dtype, fused: bool) -> None:
+    def __init__(self, model: Llama, dtype: torch.dtype, fused: bool, graphs: bool = True) -> None:
         model = copy.deepcopy(model).to(dtype)
         model.rope_PC2 = model.rope_PC2.float()
         device = torch.device("cuda")
@@ -57,11 +57,22 @@ class Driver:
         order = torch.randperm(BLOCKS, generator=generator)[: ROWS * MAX_LEN // BLOCK]
         tables = order.view(ROWS, -1).to(device)
         self.network: Network = (
-            FusedNetwork(model, cache, self.tokens, tables, TensorParallel(), max_num_seqs=ROWS, graphs=True)
+            FusedNetwork(model, cache, self.tokens, tables, TensorParallel(), max_num_seqs=ROWS, graphs=graphs)
             if fused
             else PlainNetwork(model, cache, self.tokens, tables)
         )
         self.network.warm_up()
+
+    @torch.inference_mode()
+    def improve(self, idle: bool) -> int:
+        """All that there is to improve; how many pieces it was."""
+        pieces = 0
+        while self.network.improvable and pieces < 100:
+            self.network.improve(idle)
+            pieces += 1
+            if not idle:
+                break
+        return pieces
 
     @torch.inference_mode()
     def step(self, parts: list[tuple[int, int, int]]) -> torch.Tensor:
@@ -114,9 +125,27 @@ def test_fused_is_as_near_to_float32_as_plain(dim: int, heads: int, kv_heads: in
 
 def test_graphs_repeat_themselves_bit_by_bit() -> None:
     a, b = (Driver(llama(1024, 8, 2), torch.bfloat16, True) for _ in range(2))
+    assert a.improve(idle=True) == b.improve(idle=True) > 10
     for parts in STEPS:
         assert torch.equal(a.step(parts), b.step(parts))
         assert torch.equal(a.step(parts), b.step(parts))
+
+
+def test_graphs_give_the_bits_of_the_kernels_alone() -> None:
+    """Of steps before their capture, of steps after it, and of a network that never captures."""
+    model = llama(1024, 8, 2)
+    one, other = Driver(model, torch.bfloat16, True), Driver(model, torch.bfloat16, True, graphs=False)
+    before = [one.step(parts) for parts in STEPS]
+    assert one.improve(idle=False) == 1
+    again = [one.step(parts) for parts in STEPS]  # some captured, some not
+    graphs = one.improve(idle=True)
+    assert graphs >= 10
+    assert not one.network.improvable
+    after = [one.step(parts) for parts in STEPS]
+    never = [other.step(parts) for parts in STEPS]
+    assert not other.network.improvable
+    for i, logits in enumerate(zip(before, again, after, never, strict=True)):
+        assert all(torch.equal(logits[0], others) for others in logits[1:]), STEPS[i]
 
 
 def test_nothing_is_compiled_while_serving(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,57 @@
+"""What makes later steps faster is done between steps: a piece a step, all of it when nobody waits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.local import LocalEngine
+from tpserve.engine.config import EngineConfig
+from tpserve.engine.sampling_params import SamplingParams
+
+
+class Improvable:
+    """A network in front of another that notes when it is improved; six pieces."""
+
+    def __init__(self, network: object) -> None:
+        self._network = network
+        self.log: list[str] = []
+
+    def __call__(self, inputs: object) -> object:
+        self.log.append("step")
+        return self._network(inputs)  # type: ignore[operator]
+
+    @property
+    def improvable(self) -> bool:
+        return len(self.log) - self.log.count("step") < 6
+
+    def improve(self, idle: bool) -> None:
+        self.log.append("idle" if idle else "busy")
+
+
+@pytest.fixture
+def engine(tiny_checkpoint: Path) -> LocalEngine:
+    return LocalEngine(EngineConfig(checkpoint_dir=str(tiny_checkpoint), max_seq_len=64, self_test=False))
+
+
+def test_a_piece_a_step_and_the_rest_when_idle(engine: LocalEngine) -> None:
+    network = Improvable(engine.core._runner.network)  # type: ignore[attr-defined]
+    engine.core._runner.network = network  # type: ignore[attr-defined]
+    engine.submit("a", [5, 6, 7], SamplingParams(max_new_tokens=3, ignore_eos=True), lambda output: None)
+    engine.run()
+    assert network.log == ["step", "busy", "step", "busy", "step", "busy", "idle"]
+    while not engine.core.is_idle:
+        engine.step()
+    assert network.log[7:] == ["idle", "idle"]
+    engine.step()
+    assert network.log[9:] == [], "improved although there was nothing left"
+
+
+def test_work_is_never_idle(engine: LocalEngine) -> None:
+    assert engine.core.is_idle
+    engine.submit("a", [5, 6, 7], SamplingParams(max_new_tokens=2, ignore_eos=True), lambda output: None)
+    engine.step()
+    assert not engine.core.is_idle
+    engine.run()
+    assert engine.core.is_idle
