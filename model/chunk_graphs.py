@@ -57,14 +57,19 @@ class ChunkGraphs:
         self._logits_NV.copy_(self._forward(tokens_T, rows_T, positions_T, 0, chunks, staged.logits_rows_N))
 
     @torch.no_grad()
+    def enqueue(self, bucket: int) -> None:
+        """A step of padding."""
+        none = torch.zeros(3, 1, dtype=torch.int64, device=self._tokens_RL.device)
+        self._staged.stage(bucket, none[0], none[0] - 1, 0, none, none[0])
+        self._compute(bucket)
+
+    @torch.no_grad()
     def capture(self, bucket: int) -> None:
         """Makes one bucket's graph, on padding."""
         current = torch.cuda.current_stream(self._tokens_RL.device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
-            none = torch.zeros(3, 1, dtype=torch.int64, device=self._tokens_RL.device)
-            self._staged.stage(bucket, none[0], none[0] - 1, 0, none, none[0])
-            self._compute(bucket)
+            self.enqueue(bucket)
             self._stream.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):

@@ -233,6 +233,8 @@ class FusedNetwork:
             self._forward.compile()
             if self._decoder is not None:
                 self._decoder.enqueue_all()
+            if self._chunk_graphs is not None:
+                self._chunk_graphs.enqueue(self._chunk_graphs.missing[0])
         self._forward.compile()
         logger.info("compiled kernels in %.1f s", time.monotonic() - started_s)
 

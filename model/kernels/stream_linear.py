@@ -6,7 +6,6 @@ Shape suffixes are those of `linear.py`.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -137,24 +136,19 @@ def _push_kernel(
         gl.store(buffer + at, word, mask=mine)
 
 
-@functools.cache
-def _programs(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 1
-
-
 def _launch(
     kernel: Any, tile: Stream, pdl: bool, x: torch.Tensor | Normed, w: Matrix, *args: Any, **constants: Any
 ) -> int:
     """Returns the number of programs."""
     rows, depth = w.shape
-    programs = min(_programs(w.q.device), rows // 16)
     inputs = (x.x_SD, x.sums) if isinstance(x, Normed) else (x,)
-    kernel[(programs,)](
+    kernel[(tile.programs,)](
         *inputs, w.q, w.scale, *args, **constants, K=depth, ROWS=rows,
-        MOST=triton.next_power_of_2(triton.cdiv(rows // 16, programs)), EACH=tile.each, WARPS=tile.warps,
-        STAGES=tile.stages, PROGRAMS=programs, PDL=pdl, num_warps=tile.warps, maxnreg=tile.registers, launch_pdl=pdl,
+        MOST=triton.next_power_of_2(triton.cdiv(rows // 16, tile.programs)), EACH=tile.each, WARPS=tile.warps,
+        STAGES=tile.stages, PROGRAMS=tile.programs, PDL=pdl, num_warps=tile.warps, maxnreg=tile.registers,
+        launch_pdl=pdl,
     )  # fmt: skip
-    return programs
+    return tile.programs
 
 
 def qkv(

@@ -41,11 +41,13 @@ class Stream:
         each: groups that a warp takes in a step.
         stages: steps in the ring.
         registers: of a lane.
+        programs: one a multiprocessor.
     """
 
     each: int
     stages: int
     registers: int
+    programs: int
     warps: ClassVar[int] = 8
     split: ClassVar[int] = 1
 
@@ -122,12 +124,12 @@ def _stream(weight: Matrix, each: int, ring_kib: int, registers: int) -> Stream 
     while each > 1 and -depth % (each * warps * 128) * 4 > depth:
         each //= 2
     processors, shared_bytes = _processors(weight.q.device)
-    steps = -(-depth // (each * warps * 128))
-    most = -(-rows // 16 // min(processors, rows // 16))  # tiles of a program
+    programs, steps = min(processors, rows // 16), -(-depth // (each * warps * 128))
+    most = -(-rows // 16 // programs)  # tiles of a program
     # x and its groups' scales and sums, and the warps' parts; both are padded to powers of two.
     others = (1 << (steps - 1).bit_length()) * each * warps * (256 + 8) + (1 << (most - 1).bit_length()) * warps * 64
     stages = min(ring_kib << 10, shared_bytes - others - 1024) // (each * warps * 16 * (64 + 8))
-    return Stream(each, min(stages, 12), registers) if stages >= 2 else None
+    return Stream(each, min(stages, 12), registers, programs) if stages >= 2 else None
 
 
 def _processors(device: torch.device) -> tuple[int, int]:
