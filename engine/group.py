@@ -162,15 +162,13 @@ def _runner(
     config: EngineConfig,
     loaded: LoadedModel,
     cache: PagedKVCache,
-    *,
-    small_steps: bool = True,
     queue: DeviceQueue | None = None,
 ) -> ModelRunner:
     def network(tokens_RL: torch.Tensor, tables_RB: torch.Tensor) -> Network:
         return choose_network(
             loaded.model, cache, tokens_RL, tables_RB, loaded.tp, max_num_seqs=config.max_num_seqs,
             max_num_tokens=config.max_num_batched_tokens, fused=config.fused_kernels,
-            graphs=config.cuda_graphs, small_steps=small_steps,
+            graphs=config.cuda_graphs,
         )  # fmt: skip
 
     return ModelRunner(network, loaded.info.args.vocab_size, loaded.device, cache, config, queue)
@@ -225,8 +223,8 @@ def _free_cuda_bytes(config: EngineConfig, loaded: LoadedModel) -> int:
     blocks = -(-length // config.block_size)
     torch.cuda.reset_peak_memory_stats(loaded.device)
     cache = _cache(config, loaded, blocks)
-    runner = _runner(config, loaded, cache, small_steps=False)
-    runner.warm_up()  # kernels compiled together, sooner than one by one below
+    runner = _runner(config, loaded, cache)
+    runner.warm_up()  # all kernels are compiled here; the runner that serves finds them
     prompt = Sequence("profile", [0] * length, SamplingParams(), max_seq_len=length + 1, eos_token_ids=())
     prompt.block_table, prompt.row = list(range(blocks)), 0
     step = runner.launch(StepPlan([ScheduledSequence(prompt, 0, length, (prompt,), [])], loads=[prompt]))

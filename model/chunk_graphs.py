@@ -78,6 +78,10 @@ class ChunkGraphs:
         self._graphs[bucket] = graph
         self.wanted = None
 
+    def close(self) -> None:
+        """Drops the graphs; see `FusedDecoder.close`."""
+        self._graphs.clear()
+
     def __call__(
         self,
         rows_T: torch.Tensor,

@@ -163,7 +163,6 @@ class FusedNetwork:
         max_num_seqs: the largest batch that decodes.
         graphs: whether to capture graphs; without, the same kernels are launched one by one.
         max_num_tokens: of a step.
-        small_steps: whether decodes and small chunks have ways of their own; without, there is less to make.
     """
 
     def __init__(
@@ -177,16 +176,14 @@ class FusedNetwork:
         max_num_seqs: int,
         graphs: bool,
         max_num_tokens: int = _MAX_SHARED_ROWS,
-        small_steps: bool = True,
     ) -> None:
         from tpserve.model.chunk_graphs import BUCKETS, ChunkGraphs  # these need Triton
-        from tpserve.model.decode_step import fuse
         from tpserve.model.fused_forward import Chunks, FusedForward
         from tpserve.model.kernels.row_exchange import RowExchange
         from tpserve.model.residual import MIN_DEALT_ROWS
         from tpserve.model.share_exchange import ShareExchange
 
-        self._tokens_RL, self._chunks, self._tp_size = tokens_RL, Chunks, tp.size
+        self._tokens_RL, self._chunks, self._tp = tokens_RL, Chunks, tp
         weight = model.output.weight
         few = RowExchange.make(tp, BUCKETS[-1], model.args.dim, weight.dtype, weight.device)
         many = None
@@ -194,27 +191,22 @@ class FusedNetwork:
         if max_num_tokens > MIN_DEALT_ROWS and not has_integers(model):
             shared = min(max_num_tokens, _MAX_SHARED_ROWS)
             many = ShareExchange.make(tp, shared, model.args.dim, weight.dtype, weight.device)
-        self._decoder: FusedDecoder | None = None
-        if small_steps:
-            self._decoder = FusedDecoder(model, cache, tp, tokens_RL, tables_RB, max_num_seqs=max_num_seqs)
-            layers = self._decoder.step.layers
-        else:
-            layers = [fuse(block) for block in model.layers]  # type: ignore[arg-type]
-        self._forward = FusedForward(model, layers, cache, tp, tables_RB, few, many)
-        self._chunk_graphs = ChunkGraphs(self._forward, tokens_RL, model.args.vocab_size) if small_steps else None
-        self._captures = graphs
+        self._decoder = FusedDecoder(model, cache, tp, tokens_RL, tables_RB, max_num_seqs=max_num_seqs)
+        self._forward = FusedForward(model, self._decoder.step.layers, cache, tp, tables_RB, few, many)
+        self._chunk_graphs = ChunkGraphs(self._forward, tokens_RL, model.args.vocab_size)
+        self._captured: tuple[FusedDecoder | ChunkGraphs, ...] = (self._decoder, self._chunk_graphs) if graphs else ()
 
     def __call__(self, inputs: StepInputs) -> torch.Tensor:
         """See `Network`."""
         rows_T, positions_T, decoder = inputs.rows_T, inputs.positions_T, self._decoder
-        if decoder is not None and inputs.chunks_3P is None and decoder.fits(len(rows_T)):
+        if inputs.chunks_3P is None and decoder.fits(len(rows_T)):
             logits_TV = decoder(rows_T, positions_T)
             return logits_TV if inputs.logits_rows_N is None else logits_TV[inputs.logits_rows_N]
         chunks, graphs = None, self._chunk_graphs
         if inputs.chunks_3P is not None:
             parts = len(inputs.decode_lens) + len(inputs.prefills)
             num_logits = len(rows_T) if inputs.logits_rows_N is None else len(inputs.logits_rows_N)
-            if graphs is not None and graphs.fits(len(rows_T), parts, num_logits):
+            if graphs.fits(len(rows_T), parts, num_logits):
                 return graphs(rows_T, positions_T, len(inputs.decode_lens), inputs.chunks_3P, inputs.logits_rows_N)
             rows, starts, contexts = inputs.chunks_3P
             chunks = self._chunks(rows[:-1], starts, contexts[:-1])
@@ -228,41 +220,34 @@ class FusedNetwork:
         from tpserve.model.kernels.precompile import compiled_together
 
         started_s = time.monotonic()
-        # Ranks of other machines are few enough not to matter here.
-        with compiled_together(self._tokens_RL.device, self._tp_size):
+        with compiled_together(self._tokens_RL.device, self._tp):
             self._forward.compile()
-            if self._decoder is not None:
-                self._decoder.enqueue_all()
-            if self._chunk_graphs is not None:
-                self._chunk_graphs.enqueue(self._chunk_graphs.missing[0])
+            self._decoder.enqueue_all()
+            self._chunk_graphs.enqueue(self._chunk_graphs.missing[0])
         self._forward.compile()
         logger.info("compiled kernels in %.1f s", time.monotonic() - started_s)
 
     @property
     def improvable(self) -> bool:
         """See `Network`."""
-        return any(graphs.missing for graphs in self._to_capture())
+        return any(graphs.missing for graphs in self._captured)
 
     def improve(self, idle: bool) -> None:
         """Captures one graph: of the last step that found none, else, when idle, the largest missing one."""
-        for graphs in self._to_capture():
+        for graphs in self._captured:
             if graphs.wanted is not None:
                 graphs.capture(graphs.wanted)
                 return
-        for graphs in self._to_capture() if idle else ():
+        for graphs in self._captured if idle else ():
             if graphs.missing:
                 graphs.capture(graphs.missing[-1])
                 return
 
-    def _to_capture(self) -> list[FusedDecoder | ChunkGraphs]:
-        both = (self._decoder, self._chunk_graphs) if self._captures else ()
-        return [graphs for graphs in both if graphs is not None]
-
     def close(self) -> None:
         """Drops the graphs: NCCL's end waits for those that hold its kernels."""
-        if self._decoder is not None:
-            self._decoder.close()
-        self._chunk_graphs, self._captures = None, False
+        self._captured = ()
+        self._decoder.close()
+        self._chunk_graphs.close()
 
 
 def choose_network(
@@ -276,24 +261,16 @@ def choose_network(
     max_num_tokens: int,
     fused: bool,
     graphs: bool,
-    small_steps: bool = True,
 ) -> Network:
     """The fastest network that is wanted and that this machine, type and shape have; arguments: `FusedNetwork`."""
     if fused and importlib.util.find_spec("triton") and FusedDecoder.supports(model, tokens_RL.device):
         return FusedNetwork(
             model, cache, tokens_RL, tables_RB, tp, max_num_seqs=max_num_seqs, max_num_tokens=max_num_tokens,
-            graphs=graphs, small_steps=small_steps,
+            graphs=graphs,
         )  # fmt: skip
     large = weight_bytes(model) >= WORTH_COMPILING_BYTES
     if large and tokens_RL.device.type == "cpu":
         consolidate(model)
-    if (
-        fused
-        and graphs
-        and small_steps
-        and large
-        and tp.size == 1
-        and CompiledDecoder.supports(model, tables_RB.shape[1])
-    ):
+    if fused and graphs and large and tp.size == 1 and CompiledDecoder.supports(model, tables_RB.shape[1]):
         return CompiledNetwork(model, cache, tokens_RL, tables_RB)
     return PlainNetwork(model, cache, tokens_RL, tables_RB)

@@ -19,18 +19,21 @@ from typing import Any
 import torch
 import triton
 
+from tpserve.model.parallel import TensorParallel
+
 MAX_THREADS = 16
 
 logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def compiled_together(device: torch.device, ranks_here: int = 1) -> Iterator[None]:
+def compiled_together(device: torch.device, tp: TensorParallel) -> Iterator[None]:
     """See above; a kernel that does not compile so is left for its first launch.
 
     Args:
         device: of the kernels.
-        ranks_here: processes of this machine that do the same at the same time.
+        tp: the ranks that do the same at the same time. Each begins with another part of the kernels, and finds the
+            others' in Triton's cache on disk, where they share one.
     """
     noted: dict[tuple[int, str], tuple[Any, str]] = {}
 
@@ -48,8 +51,12 @@ def compiled_together(device: torch.device, ranks_here: int = 1) -> Iterator[Non
         yield
     finally:
         triton.runtime.JITFunction.run, triton.knobs.runtime.jit_cache_hook = run, before
-    threads = max(1, min(MAX_THREADS, len(noted), (os.cpu_count() or 1) // ranks_here))
+    # Ranks of other machines are few enough not to matter here.
+    threads = max(1, min(MAX_THREADS, len(noted), (os.cpu_count() or 1) // tp.size))
+    every = list(noted.values())
+    first = len(every) * tp.rank // tp.size
+    own_first = every[first:] + every[:first]
     with ThreadPoolExecutor(threads, initializer=torch.cuda.set_device, initargs=(device,)) as pool:
-        for function, done in [(function, pool.submit(function.preload, data)) for function, data in noted.values()]:
+        for function, done in [(function, pool.submit(function.preload, data)) for function, data in own_first]:
             if done.exception() is not None:
                 logger.info("%s is compiled when it is first used: %s", function.__name__, done.exception())
