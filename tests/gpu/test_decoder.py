@@ -225,6 +225,15 @@ def test_ranks(ranks: int) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
+def test_exchanges_alone() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs 2 GPUs")
+    script = str(Path(__file__).with_name("exchanges.py"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", script, "3000"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
 def few(setup: Setup) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Batches whose sums go as words, each with rows of its own."""
     sizes = [1, 3, 8] * 3
