@@ -54,9 +54,11 @@ def compiled_together(device: torch.device, tp: TensorParallel) -> Iterator[None
     # Ranks of other machines are few enough not to matter here.
     threads = max(1, min(MAX_THREADS, len(noted), (os.cpu_count() or 1) // tp.size))
     every = list(noted.values())
-    first = len(every) * tp.rank // tp.size
-    own_first = every[first:] + every[:first]
+    own = every[tp.rank :: tp.size]
+    # Shares one after the other, not all at once: by the time of the others' they are on disk.
+    others = [kernel for i, kernel in enumerate(every) if i % tp.size != tp.rank]
     with ThreadPoolExecutor(threads, initializer=torch.cuda.set_device, initargs=(device,)) as pool:
-        for function, done in [(function, pool.submit(function.preload, data)) for function, data in own_first]:
-            if done.exception() is not None:
-                logger.info("%s is compiled when it is first used: %s", function.__name__, done.exception())
+        for share in (own, others):
+            for function, done in [(function, pool.submit(function.preload, data)) for function, data in share]:
+                if done.exception() is not None:
+                    logger.info("%s is compiled when it is first used: %s", function.__name__, done.exception())
