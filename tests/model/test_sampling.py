@@ -211,6 +211,20 @@ def test_greedy_takes_the_lowest_id_of_equals() -> None:
         assert sample(logits, make_batch(rows)).tolist() == [0, 9, 0]
 
 
+@pytest.mark.parametrize("num_rows", [1, 2, 65])
+@pytest.mark.parametrize("vocab_size", [640, 32000, 515])
+def test_greedy_is_argmax_in_any_batch(num_rows: int, vocab_size: int) -> None:
+    generator = torch.Generator().manual_seed(num_rows)
+    logits = torch.randint(0, 40, (num_rows, vocab_size), generator=generator).float()  # many equals
+    for special in (None, -math.inf, math.nan):
+        if special is not None:
+            logits[0, torch.randint(vocab_size, (5,), generator=generator)] = special
+        tokens = sample(logits, make_batch([Row(0.0)] * num_rows, vocab_size))
+        assert torch.equal(tokens, logits.argmax(dim=-1))
+    logits[-1] = -math.inf
+    assert sample(logits, make_batch([Row(0.0)] * num_rows, vocab_size))[-1] == 0
+
+
 @pytest.mark.parametrize(
     "row", [Row(), Row(top_k=3), Row(top_p=1e-300), Row(top_p=0.0), Row(min_p=1.0), Row(1e-42), Row(100.0, top_k=V)]
 )
