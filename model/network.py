@@ -194,7 +194,7 @@ class FusedNetwork:
         self._decoder = FusedDecoder(model, cache, tp, tokens_RL, tables_RB, max_num_seqs=max_num_seqs)
         self._forward = FusedForward(model, self._decoder.step.layers, cache, tp, tables_RB, few, many)
         self._chunk_graphs = ChunkGraphs(self._forward, tokens_RL, model.args.vocab_size)
-        self._captured: tuple[FusedDecoder | ChunkGraphs, ...] = (self._decoder, self._chunk_graphs) if graphs else ()
+        self._to_capture: list[FusedDecoder | ChunkGraphs] = [self._decoder, self._chunk_graphs] if graphs else []
 
     def __call__(self, inputs: StepInputs) -> torch.Tensor:
         """See `Network`."""
@@ -230,22 +230,18 @@ class FusedNetwork:
     @property
     def improvable(self) -> bool:
         """See `Network`."""
-        return any(graphs.missing for graphs in self._captured)
+        return bool(self._to_capture)
 
     def improve(self, idle: bool) -> None:
         """Captures one graph: of the last step that found none, else, when idle, the largest missing one."""
-        for graphs in self._captured:
-            if graphs.wanted is not None:
-                graphs.capture(graphs.wanted)
-                return
-        for graphs in self._captured if idle else ():
-            if graphs.missing:
-                graphs.capture(graphs.missing[-1])
-                return
+        wanted = [graphs for graphs in self._to_capture if graphs.wanted is not None]
+        for graphs in (wanted or self._to_capture if idle else wanted)[:1]:
+            graphs.capture(graphs.missing[-1] if graphs.wanted is None else graphs.wanted)
+        self._to_capture = [graphs for graphs in self._to_capture if graphs.missing]
 
     def close(self) -> None:
         """Drops the graphs: NCCL's end waits for those that hold its kernels."""
-        self._captured = ()
+        self._to_capture = []
         self._decoder.close()
         self._chunk_graphs.close()
 

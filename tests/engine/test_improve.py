@@ -9,6 +9,7 @@ import pytest
 from tests.helpers.local import LocalEngine
 from tpserve.engine.config import EngineConfig
 from tpserve.engine.sampling_params import SamplingParams
+from tpserve.model.network import FusedNetwork
 
 
 class Improvable:
@@ -55,3 +56,37 @@ def test_work_is_never_idle(engine: LocalEngine) -> None:
     assert not engine.core.is_idle
     engine.run()
     assert engine.core.is_idle
+
+
+class Graphs:
+    """Of three buckets; notes what it is asked to capture."""
+
+    def __init__(self) -> None:
+        self.missing, self.wanted, self.captured = [1, 2, 4], None, []  # type: ignore[var-annotated]
+
+    def capture(self, bucket: int) -> None:
+        self.missing.remove(bucket)
+        self.wanted = None
+        self.captured.append(bucket)
+
+
+def test_graphs_that_steps_have_missed_come_first_then_the_largest() -> None:
+    decodes, chunks = Graphs(), Graphs()
+    network = FusedNetwork.__new__(FusedNetwork)  # its kernels need a GPU
+    network._to_capture = [decodes, chunks]  # type: ignore[list-item]
+    network.improve(idle=False)
+    assert decodes.captured == chunks.captured == [], "nobody has missed anything"
+    chunks.wanted = 2  # type: ignore[assignment]
+    network.improve(idle=True)
+    assert (decodes.captured, chunks.captured) == ([], [2])
+    chunks.wanted, decodes.wanted = 4, 1  # type: ignore[assignment]
+    network.improve(idle=False)
+    network.improve(idle=False)
+    network.improve(idle=False)
+    assert (decodes.captured, chunks.captured) == ([1], [2, 4])
+    for _ in range(3):
+        assert network.improvable
+        network.improve(idle=True)
+    assert (decodes.captured, chunks.captured) == ([1, 4, 2], [2, 4, 1])
+    assert not network.improvable
+    network.improve(idle=True)

@@ -32,7 +32,8 @@ def test_two_machines(folder: Path, alone: list[int]) -> None:
             until(lambda: not is_running(rank), 20)  # a rank does not outlive its agent
             machines.start_agent()
         text = machines.said()
-        assert "machine second: the rank group ended: a rank" in text
+        # Who tells first is a race: when its peer dies, the head's own rank may end before the agent's word is here.
+        assert "the rank group ended: a rank" in text
         assert "machine second is lost" in text
         assert machines.ask("GET", "/health/ready")[0] == 200
         machines.head.send_signal(signal.SIGTERM)
