@@ -20,9 +20,10 @@ demo: install
 demo-chat: install
 	$(BIN)/tpserve demo_chat --tensor_parallel_size $(or $(TP),2) --front $(or $(FRONT),torchserve)
 
-# Three at a time, also on two cores: half of the suite's time is waiting for processes.
+# Three at a time, also on two cores: much of the suite's time is waiting for processes. One thread each: teams of several would spend
+# the cores on waiting for each other.
 test: install
-	$(BIN)/python -m pytest -n 3
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3
 
 # What `make test` has no time for: every fault on both fronts (it has a few), every TP size up to 8, `demo-chat`; `soak`: half an hour
 # of faults, FRONT=torchserve, MINUTES=10.

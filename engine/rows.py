@@ -71,8 +71,10 @@ class Parcel:
     def send(self, upload: Uploader) -> list[torch.Tensor]:
         """The arrays on the device, int64, in their shapes."""
         sent = upload(np.concatenate([array.ravel() for array in self._arrays]))
-        parts = sent.split([array.size for array in self._arrays])  # type: ignore[no-untyped-call]
-        return [part.view(array.shape) for part, array in zip(parts, self._arrays, strict=True)]
+        parts = sent.split_with_sizes([array.size for array in self._arrays])
+        return [
+            part if array.ndim == 1 else part.view(array.shape) for part, array in zip(parts, self._arrays, strict=True)
+        ]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ CPU_TORCH="torch==2.13.0+cpu"
 
 [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
 PIP="$VENV/bin/python -m pip --disable-pip-version-check -q"
-INSTALL="$PIP install --no-compile"   # everything is compiled at the end, on all cores
+INSTALL="$PIP install --no-compile"   # compiled at the end, on all cores
 if ! "$VENV/bin/python" -c "import torch" 2>/dev/null; then
     if command -v nvidia-smi >/dev/null 2>&1; then
         $INSTALL "torch>=2.11,<2.15"
@@ -24,8 +24,10 @@ fi
 $INSTALL "setuptools>=78.1.1" wheel "numpy>=1.26"
 $INSTALL --no-build-isolation "fairscale==0.4.13"
 $INSTALL --no-build-isolation -e ".[serve,dev]"
-# Some packages hold templates that are no Python: what does not compile does not matter.
-"$VENV/bin/python" -m compileall -q -j 0 "$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" >/dev/null 2>&1 || true
+# What every process imports; the rest, three times as much, is compiled where it is first used. torch holds templates that are
+# no Python: what does not compile does not matter.
+LIB=$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+"$VENV/bin/python" -m compileall -q -j 0 "$LIB/torch" "$LIB/sympy" "$LIB/numpy" >/dev/null 2>&1 || true
 "$VENV/bin/python" - <<'PY'
 import torch
 print(f"installed: torch {torch.__version__}, CUDA {torch.cuda.is_available()}")

@@ -59,16 +59,17 @@ def two_steps(rank: int, world_size: int, store: str, folder: str, tokens: list[
         leave()
 
 
-def collectives(rank: int, world_size: int, store: str, dtype: str) -> None:
-    """Checks the sum and the gather of every dtype, with a vocabulary that does not divide."""
+def collectives(rank: int, world_size: int, store: str, dtypes: str) -> None:
+    """Checks the sum and the gather of these types (with commas between), with a vocabulary that does not divide."""
     join(rank, world_size, store)
     tp = TensorParallel.from_world()
-    x = torch.full((3, 8), rank + 1.0, dtype=getattr(torch, dtype))
-    assert torch.equal(tp.all_reduce(x), torch.full_like(x, world_size * (world_size + 1) / 2))
-    for vocab in (world_size * 4, world_size * 4 - 1, 17):
-        whole = torch.arange(2 * vocab, dtype=torch.float32).view(2, vocab).to(getattr(torch, dtype))
-        own = whole.chunk(world_size, dim=1)[rank]
-        assert torch.equal(tp.gather_vocabulary(own, vocab), whole)
+    for dtype in (getattr(torch, name) for name in dtypes.split(",")):
+        x = torch.full((3, 8), rank + 1.0, dtype=dtype)
+        assert torch.equal(tp.all_reduce(x), torch.full_like(x, world_size * (world_size + 1) / 2)), dtype
+        for vocab in (world_size * 4, world_size * 4 - 1, 17):
+            whole = torch.arange(2 * vocab, dtype=torch.float32).view(2, vocab).to(dtype)
+            own = whole.chunk(world_size, dim=1)[rank]
+            assert torch.equal(tp.gather_vocabulary(own, vocab), whole), dtype
     leave()
 
 
