@@ -1,5 +1,6 @@
 """Settings for every test."""
 
+import os
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ settings.load_profile("tpserve")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("numprocesses", default=None):
+    if "PYTEST_XDIST_WORKER" in os.environ:  # these collect, and are not told how many they are
         items.sort(key=lambda item: _place(item.nodeid))
 
 
