@@ -32,7 +32,7 @@ _OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
     "size_asserts": False,
     "alignment_asserts": False,
     "scalar_asserts": False,
-    "cpp.enable_floating_point_contract_flag": "fast",  # products are added in one instruction: 2% of a step, at the median
+    "cpp.enable_floating_point_contract_flag": "fast",  # products are added in one instruction: 2% of a step
     "cpp_wrapper": True,  # what stands around the loops takes as long in Python as one of them
 }
 
