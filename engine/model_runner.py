@@ -209,8 +209,8 @@ class ModelRunner:
             RuntimeError: whatever the device said.
         """
         assert step.fetched is not None, "draw comes before finish"
-        step.network.result()  # the first failure is the one to tell
-        fetched = step.fetched.result()
+        fetched = step.fetched.result()  # one wait a step: the draws come behind the network, and fail where it failed
+        step.network.result()
         if fetched.event is not None:
             fetched.event.synchronize()
         step.device_ns = [self._clock.read_ns(mark) for mark in step.marks]
