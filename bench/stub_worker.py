@@ -19,6 +19,7 @@ from tpserve.model.checkpoint import CheckpointInfo
 from tpserve.model.kv_cache import PagedKVCache
 from tpserve.model.network import StepInputs
 from tpserve.model.parallel import TensorParallel
+from tpserve.model.sampling import argmax
 
 
 class StubNetwork:
@@ -43,6 +44,10 @@ class StubNetwork:
             self._next_s = max(self._next_s, now_s) + self._step_s
         rows = inputs.rows_T if inputs.logits_rows_N is None else inputs.logits_rows_N
         return self._logits_1V.expand(len(rows), -1)
+
+    def draw_greedy(self, logits_NV: torch.Tensor, rows_N: torch.Tensor, positions_N: torch.Tensor) -> torch.Tensor:
+        """Who reads what was drawn is not asked: it is written nowhere."""
+        return argmax(logits_NV)
 
     def warm_up(self) -> None:
         """Nothing."""

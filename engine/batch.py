@@ -39,6 +39,9 @@ class _Static:
     decay: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None
     min_tokens: bool  # some row may not end yet: the bias depends on the position
     reads_history: bool
+    is_greedy: bool  # the most probable token of each row, as the network sees it
+    num_top_logprobs: int | None  # the most that somebody asks for; None: nobody wants any
+    beams: list[int]  # draws that belong to a beam search
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Draws:
         seqs: who draws, one a draw.
         positions_N: where the token drawn will stand.
         max_position: the highest of them.
+        static: what is the same from step to step.
     """
 
     seqs: list[Sequence]
@@ -129,6 +133,7 @@ class DrawBuilder:
         bad_words = self._bad_words(seqs)
         too_short = [position - seq.num_prompt_tokens < seq.params.min_tokens
                      for seq, position in zip(seqs, positions, strict=True)]  # fmt: skip
+        bias = self._bias(seqs, too_short)
         return _Static(
             rows_N=upload([seq.row for seq in seqs], np.int64),
             temperature_N=upload([p.temperature for p in params], np.float32),
@@ -141,11 +146,14 @@ class DrawBuilder:
             any_min_p=any(p.min_p for p in random),
             max_top_k=max((p.top_k for p in filtered), default=None) if all(p.top_k for p in filtered) else None,
             penalties=penalties,
-            bias=self._bias(seqs, too_short),
+            bias=bias,
             bad_words=bad_words,
             decay=self._decay(seqs) if any(p.top_p_decay < 1 for p in random) else None,
             min_tokens=any(too_short),
             reads_history=penalties is not None or bad_words is not None,
+            is_greedy=not random and penalties is None and bias is None and bad_words is None,
+            num_top_logprobs=max((p.logprobs for p in params if p.logprobs is not None), default=None),
+            beams=[i for i, seq in enumerate(seqs) if seq.group is not None],
         )
 
     def _bias(self, seqs: list[Sequence], too_short: list[bool]) -> SparseBias | None:

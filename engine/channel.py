@@ -113,9 +113,10 @@ class LeaderChannel:
 
     def send(self, message: StepMessage) -> None:
         """Sends the step's events to every other rank."""
-        data = _encoder.encode(message)
-        for socket in self._followers:
-            socket.send(data)
+        if self._followers:
+            data = _encoder.encode(message)
+            for socket in self._followers:
+                socket.send(data)
 
     def receive(self) -> list[RankStatus | RankTrace]:
         """What the others reported since the last call; does not wait.
@@ -124,6 +125,8 @@ class LeaderChannel:
             EngineError: one of them has fallen silent.
         """
         statuses: list[RankStatus | RankTrace] = []
+        if not self._followers:
+            return statuses
         now_s = time.monotonic()
         if now_s - self._looked_s > self._timeout_s / 2:
             # A long step, in which they could not speak, or this process was stopped: their time begins now.

@@ -189,7 +189,9 @@ class ModelRunner:
         def draws() -> _Fetched:
             fetched = _Fetched({}, None)
             if step.draws is not None:
-                self._draw(step.draws, step.network.result()[: step.num_draws], allowed, fetched.tensors)
+                logits_NV = step.network.result()
+                drawn_NV = logits_NV if step.prompt is None else logits_NV[: step.num_draws]
+                self._draw(step.draws, drawn_NV, allowed, fetched.tensors)
             if step.prompt is not None:
                 _prompt_logprobs(step.network.result()[step.num_draws :], step.prompt, fetched.tensors)
             if self._device.type == "cuda":
@@ -222,7 +224,8 @@ class ModelRunner:
         )
         if "candidate_ids" in host:
             columns = zip(host["candidate_ids"], host["candidate_logprobs"], host["candidate_raw"], strict=True)
-            for i, (ids, logprobs, raw) in zip(_beams(step.draws), columns, strict=True):
+            assert step.draws is not None
+            for i, (ids, logprobs, raw) in zip(step.draws.static.beams, columns, strict=True):
                 result.candidates[i] = [Candidate(*c) for c in zip(ids, logprobs, raw, strict=True)]
         if step.prompt is not None:
             none: TopLogprobs = []
@@ -235,17 +238,20 @@ class ModelRunner:
     def _draw(
         self, draws: Draws, raw_NV: torch.Tensor, allowed: torch.Tensor | None, out: dict[str, torch.Tensor]
     ) -> None:
-        batch = draws.batch(self._state, allowed)
-        processed_NV = process_logits(raw_NV, batch)
-        tokens_N = sample(processed_NV, batch)
-        draws.store(self._state, tokens_N)
+        static, processed_NV = draws.static, raw_NV
+        if static.is_greedy and allowed is None:
+            tokens_N = self.network.draw_greedy(raw_NV, static.rows_N, draws.positions_N)
+        else:
+            batch = draws.batch(self._state, allowed)
+            processed_NV = process_logits(raw_NV, batch)
+            tokens_N = sample(processed_NV, batch)
+            draws.store(self._state, tokens_N)
         out["tokens"] = tokens_N
-        asked = [seq.params.logprobs for seq in draws.seqs if seq.params.logprobs is not None]
-        if asked:
+        num_top, beams = static.num_top_logprobs, static.beams
+        if num_top is not None:
             out["logprobs"] = token_logprobs(raw_NV, tokens_N)
-            if max(asked):
-                out["top_logprobs"], out["top_ids"] = top_logprobs(raw_NV, min(max(asked), raw_NV.shape[1]))
-        beams = _beams(draws)
+            if num_top:
+                out["top_logprobs"], out["top_ids"] = top_logprobs(raw_NV, min(num_top, raw_NV.shape[1]))
         if beams:
             k = max(draws.seqs[i].group.num_candidates for i in beams)  # type: ignore[union-attr]
             own = slice(None) if len(beams) == len(draws.seqs) else beams
@@ -285,10 +291,6 @@ def _prompt_logprobs(logits_PV: torch.Tensor, prompt: _PromptRows, out: dict[str
     out["prompt"] = token_logprobs(logits_PV, prompt.targets_P)
     if prompt.top:
         out["prompt_top"], out["prompt_ids"] = top_logprobs(logits_PV, min(prompt.top, logits_PV.shape[1]))
-
-
-def _beams(draws: Draws | None) -> list[int]:
-    return [] if draws is None else [i for i, seq in enumerate(draws.seqs) if seq.group is not None]
 
 
 def _pairs(ids: list[list[int]], values: list[list[float]]) -> list[TopLogprobs]:

@@ -121,6 +121,7 @@ class CompiledDecoder:
     def __init__(self, model: Llama, cache: PagedKVCache, tokens_RL: torch.Tensor, tables_RB: torch.Tensor) -> None:
         self.ready = False
         self._model, self._tokens_RL, self._tables_RB = model, tokens_RL, tables_RB
+        self._places_B = torch.arange(tables_RB.shape[1])
         self._block_size, self._caches = cache.block_size, list(zip(cache.k, cache.v, strict=True))
         self._layers: list[tuple[torch.Tensor | None, ...]] = []
         for block in model.layers:
@@ -134,6 +135,7 @@ class CompiledDecoder:
         self._begin = _Compiled(_begin, dynamic=((2, 0),))
         self._layer = _Compiled(_layer, dynamic=((4, 0), (5, 0), (6, 0), (7, 0)))
         self._head = _Compiled(_head)
+        self._greedy = _Compiled(_greedy)
 
     @staticmethod
     def supports(model: Llama, max_blocks: int) -> bool:
@@ -160,11 +162,14 @@ class CompiledDecoder:
             RuntimeError: the compiler failed.
         """
         (k_cache, v_cache), eps, slots = self._caches[0], self._model.norm.eps, 3 * self._block_size
-        token, position = torch.zeros(2, 1, dtype=torch.int64).unbind()
-        begun = self._begin.compile(token, position, torch.arange(2), *self._tables, self._block_size)
+        row, position = torch.zeros(2, 1, dtype=torch.int64).unbind()
+        begun = self._begin.compile(
+            row, position, self._places_B[:2], self._tokens_RL, self._tables_RB, *self._tables, self._block_size
+        )
         caches = torch.zeros_like(k_cache[:slots]), torch.zeros_like(v_cache[:slots])
         h_D = self._layer.compile(*begun, *caches, eps, *self._layers[0])
-        self._head.compile(h_D, *self._head_weights, eps)
+        logits_V = self._head.compile(h_D, *self._head_weights, eps)
+        self._greedy.compile(logits_V, row, position, self._tokens_RL)
         self.ready = True
 
     def __call__(self, row: torch.Tensor, position: torch.Tensor, seq_len: int) -> torch.Tensor:
@@ -178,13 +183,22 @@ class CompiledDecoder:
             float32 logits [1, V].
         """
         num_blocks = max(2, -(-seq_len // self._block_size))  # a dimension of one would be a function of its own
-        table_B, eps = self._tables_RB[row, :num_blocks][0], self._model.norm.eps
-        token = self._tokens_RL[row, position]
-        h_D, *step = self._begin(token, position, table_B, *self._tables, self._block_size)
+        batch, eps = (self._places_B[:num_blocks], self._tokens_RL, self._tables_RB), self._model.norm.eps
+        h_D, *step = self._begin(row, position, *batch, *self._tables, self._block_size)
         for weights, (k_cache, v_cache) in zip(self._layers, self._caches, strict=True):
             h_D = self._layer(h_D, *step, k_cache, v_cache, eps, *weights)
         logits_V: torch.Tensor = self._head(h_D, *self._head_weights, eps)
         return logits_V[None]
+
+    def draw_greedy(self, logits_V: torch.Tensor, row: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        """Writes the most probable token to its place; int64 [1], that token, of equals the lowest id.
+
+        Args:
+            logits_V: float32.
+            row, position: int64 [1], of the sequence and of the new token.
+        """
+        token: torch.Tensor = self._greedy(logits_V, row, position, self._tokens_RL)
+        return token
 
 
 def _matrix(*linears: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -195,16 +209,19 @@ def _matrix(*linears: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 
 def _begin(
-    token: torch.Tensor,
+    row: torch.Tensor,
     position: torch.Tensor,
-    table_B: torch.Tensor,
+    places_B: torch.Tensor,
+    tokens_RL: torch.Tensor,
+    tables_RB: torch.Tensor,
     embeddings_VD: torch.Tensor,
     rope_PC2: torch.Tensor,
     block_size: int,
 ) -> tuple[torch.Tensor, ...]:
-    """What all layers need: the embedding [D], cosines and signed sines [E], the token's slot [1], and the slots that
-    it attends to [L] with what is added to their scores [L].
+    """What all layers need: the token's embedding [D], cosines and signed sines [E], its slot [1], and the slots that it
+    attends to [L] with what is added to their scores [L].
     """
+    table_B, token = tables_RB[row, places_B], tokens_RL[row, position]
     own_E = torch.arange(2 * rope_PC2.shape[1])
     cos_E, sin_E = rope_PC2[position][0][own_E // 2].unbind(-1)
     at_L = torch.arange(len(table_B) * block_size)
@@ -254,6 +271,12 @@ def _layer(
 
 def _head(h_D: torch.Tensor, norm: torch.Tensor, output: torch.Tensor, eps: float) -> torch.Tensor:
     return _linear(_norm(h_D, norm, eps), output)
+
+
+def _greedy(logits_V: torch.Tensor, row: torch.Tensor, position: torch.Tensor, tokens_RL: torch.Tensor) -> torch.Tensor:
+    token = logits_V.argmax(dim=-1, keepdim=True)
+    tokens_RL[row, position] = token
+    return token
 
 
 def _linear(x_D: torch.Tensor, weight_OD: torch.Tensor, scale_O: torch.Tensor | None = None) -> torch.Tensor:

@@ -27,6 +27,7 @@ from tpserve.model.kv_cache import PagedKVCache
 from tpserve.model.llama import Llama
 from tpserve.model.parallel import TensorParallel
 from tpserve.model.quantized import has_integers, weight_bytes
+from tpserve.model.sampling import argmax
 
 if TYPE_CHECKING:
     from tpserve.model.chunk_graphs import ChunkGraphs
@@ -65,6 +66,15 @@ class Network(Protocol):
         """Writes the step's keys and values into the cache; float32 logits [N, V], good until the next call."""
         ...
 
+    def draw_greedy(self, logits_NV: torch.Tensor, rows_N: torch.Tensor, positions_N: torch.Tensor) -> torch.Tensor:
+        """Writes the most probable tokens into the rows, at those positions; int64 [N], of equals the lowest id.
+
+        Args:
+            logits_NV: float32.
+            rows_N, positions_N: int64.
+        """
+        ...
+
     def warm_up(self) -> None:
         """Does what would otherwise delay the first steps."""
         ...
@@ -96,6 +106,15 @@ class _Finished:
         """Nothing."""
 
 
+def draw_greedy(
+    logits_NV: torch.Tensor, rows_N: torch.Tensor, positions_N: torch.Tensor, tokens_RL: torch.Tensor
+) -> torch.Tensor:
+    """`Network.draw_greedy` by torch's operations."""
+    tokens_N = argmax(logits_NV)
+    tokens_RL[rows_N, positions_N] = tokens_N
+    return tokens_N
+
+
 class PlainNetwork(_Finished):
     """`Llama.forward`, operation by operation.
 
@@ -116,6 +135,10 @@ class PlainNetwork(_Finished):
             self._tokens_RL[rows_T, positions_T], positions_T, attend, inputs.logits_rows_N
         )
         return logits
+
+    def draw_greedy(self, logits_NV: torch.Tensor, rows_N: torch.Tensor, positions_N: torch.Tensor) -> torch.Tensor:
+        """See `Network`."""
+        return draw_greedy(logits_NV, rows_N, positions_N, self._tokens_RL)
 
     def warm_up(self) -> None:
         """Nothing: the first step is like the others."""
@@ -142,6 +165,12 @@ class CompiledNetwork(PlainNetwork):
             self.num_compiled_steps += 1
             return self._decoder(inputs.rows_T, inputs.positions_T, inputs.decode_lens[0])
         return super().__call__(inputs)
+
+    def draw_greedy(self, logits_NV: torch.Tensor, rows_N: torch.Tensor, positions_N: torch.Tensor) -> torch.Tensor:
+        """See `Network`."""
+        if self._decoder.ready and len(rows_N) == 1:
+            return self._decoder.draw_greedy(logits_NV[0], rows_N, positions_N)
+        return super().draw_greedy(logits_NV, rows_N, positions_N)
 
     def warm_up(self) -> None:
         """Compiles; torch keeps the result on disk, and the next start takes a few seconds less."""
@@ -214,6 +243,10 @@ class FusedNetwork:
             self._tokens_RL[rows_T, positions_T], rows_T, positions_T, len(inputs.decode_lens), chunks,
             inputs.logits_rows_N,
         )  # fmt: skip
+
+    def draw_greedy(self, logits_NV: torch.Tensor, rows_N: torch.Tensor, positions_N: torch.Tensor) -> torch.Tensor:
+        """See `Network`."""
+        return draw_greedy(logits_NV, rows_N, positions_N, self._tokens_RL)
 
     def warm_up(self) -> None:
         """Compiles every kernel; graphs are captured between the steps (`improve`)."""

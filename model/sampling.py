@@ -32,6 +32,7 @@ __all__ = [
     "Penalties",
     "SamplingBatch",
     "SparseBias",
+    "argmax",
     "next_top_p",
     "philox4x32",
     "process_logits",
@@ -63,7 +64,7 @@ def sample(logits_NV: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
     vocab_size = logits_NV.shape[1]
     assert vocab_size <= _MAX_VOCAB
     if not batch.any_random:
-        return _argmax(logits_NV)
+        return argmax(logits_NV)
     max_N, greedy_N = logits_NV.max(dim=-1)
     logits_NP = torch.nn.functional.pad(logits_NV, (0, -vocab_size % _BLOCK), value=-torch.inf)
     max_N1 = max_N[:, None].clamp(min=torch.finfo(torch.float32).min)  # -inf less -inf would be NaN
@@ -77,8 +78,8 @@ def sample(logits_NV: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
     return torch.where(batch.temperature_N > 0, drawn_N, greedy_N)
 
 
-def _argmax(logits_NV: torch.Tensor) -> torch.Tensor:
-    """As `argmax`; on a CPU by numpy, which compares many numbers at a time, where torch compares one."""
+def argmax(logits_NV: torch.Tensor) -> torch.Tensor:
+    """As `Tensor.argmax(-1)`; on a CPU by numpy, which compares many numbers at a time, where torch compares one."""
     if logits_NV.device.type != "cpu":
         return logits_NV.argmax(dim=-1)
     return torch.from_numpy(logits_NV.numpy().argmax(axis=-1))
