@@ -6,24 +6,56 @@ asks; so there the device is a thread of its own.
 
 from __future__ import annotations
 
+import queue
+import threading
 import time
+import weakref
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
 T = TypeVar("T")
 
 
+class Job(Generic[T]):
+    """Something that the device is to do. A `concurrent.futures.Future` without conditions and callbacks: on a CPU each
+    page of code that a step touches has to come from memory, which the weights have just streamed through.
+
+    Args:
+        function: does it.
+    """
+
+    def __init__(self, function: Callable[[], T]) -> None:
+        self._function, self._done = function, threading.Lock()
+        self._result: T
+        self._error: BaseException | None = None
+        self._done.acquire()
+
+    def run(self) -> None:
+        """Does it; once."""
+        try:
+            self._result = self._function()
+        except BaseException as e:  # noqa: BLE001 - whoever waits for it raises it
+            self._error = e
+        self._done.release()
+
+    def result(self) -> T:
+        """Waits; returns what the function returned, or raises what it raised."""
+        with self._done:
+            if self._error is not None:
+                raise self._error
+            return self._result
+
+
 class DeviceQueue(Protocol):
     """Runs jobs one after another, in order."""
 
-    def submit(self, job: Callable[[], Any]) -> Future[Any]:
-        """Puts a job at the end; the future holds what it returned or raised."""
+    def submit(self, function: Callable[[], T]) -> Job[T]:
+        """Puts a job at the end; in inference mode."""
         ...
 
-    def prepare(self, job: Callable[[], T]) -> T:
+    def prepare(self, function: Callable[[], T]) -> T:
         """Runs a job where the others will run, without inference mode, and waits: for what comes before serving."""
         ...
 
@@ -31,15 +63,16 @@ class DeviceQueue(Protocol):
 class StreamQueue:
     """CUDA: a job only launches kernels, here and now; what it returns may still be under way on the stream."""
 
-    def submit(self, job: Callable[[], Any]) -> Future[Any]:
+    def submit(self, function: Callable[[], T]) -> Job[T]:
         """See `DeviceQueue`."""
-        future: Future[Any] = Future()
-        future.set_result(_in_inference_mode(job))
-        return future
+        job = Job(function)
+        with torch.inference_mode():
+            job.run()
+        return job
 
-    def prepare(self, job: Callable[[], T]) -> T:
+    def prepare(self, function: Callable[[], T]) -> T:
         """See `DeviceQueue`."""
-        return job()
+        return function()
 
 
 class ThreadQueue:
@@ -51,25 +84,33 @@ class ThreadQueue:
     """
 
     def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tpserve-device")
+        self._jobs: queue.SimpleQueue[Job[Any] | None] = queue.SimpleQueue()
         self._serves = False
+        threading.Thread(target=_run, args=(self._jobs,), name="tpserve-device", daemon=True).start()
+        weakref.finalize(self, self._jobs.put, None)
 
-    def submit(self, job: Callable[[], Any]) -> Future[Any]:
+    def submit(self, function: Callable[[], T]) -> Job[T]:
         """See `DeviceQueue`."""
         if not self._serves:  # from here on the thread is in inference mode; to enter it for each job takes 0.1 ms
             self._serves = True
-            self._thread.submit(torch.inference_mode().__enter__)
-        return self._thread.submit(job)
+            self._put(torch.inference_mode().__enter__)
+        return self._put(function)
 
-    def prepare(self, job: Callable[[], T]) -> T:
+    def prepare(self, function: Callable[[], T]) -> T:
         """See `DeviceQueue`."""
         assert not self._serves, "it is for what comes before serving"
-        return self._thread.submit(job).result()
+        return self._put(function).result()
+
+    def _put(self, function: Callable[[], T]) -> Job[T]:
+        job = Job(function)
+        self._jobs.put(job)
+        return job
 
 
-def _in_inference_mode(job: Callable[[], Any]) -> Any:
-    with torch.inference_mode():
-        return job()
+def _run(jobs: queue.SimpleQueue[Job[Any] | None]) -> None:
+    while (job := jobs.get()) is not None:
+        job.run()
+        del job  # and what it has computed, while this waits for the next
 
 
 def device_queue(device: torch.device) -> DeviceQueue:

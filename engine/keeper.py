@@ -196,7 +196,7 @@ class GroupKeeper:
 
     def _serve(self, group: Group) -> EngineError | ConfigError | None:
         """Listens until the group fails (returns why) or the keeper closes (returns None)."""
-        heard_s = time.monotonic()
+        heard_s = looked_s = time.monotonic()
         ended_s: float | None = None
         while not self.closing:
             replies = group.receive(_POLL_S)
@@ -213,6 +213,9 @@ class GroupKeeper:
                     # Streams would go on in another model's words.
                     return ConfigError("the checkpoint was replaced while it was served; start the server again")
                 self._take(group, reply)
+            if replies and now_s - looked_s < _POLL_S:
+                continue  # what follows is not for every token
+            looked_s = now_s
             self._owner.tick(now_s)
             ready = self.info is not None
             if group.death is not None:
@@ -224,10 +227,9 @@ class GroupKeeper:
                 ended_s = ended_s or now_s
                 self._closing.wait(_POLL_S)
                 continue
-            limit_s = self._config.step_timeout_s if ready else self._config.start_timeout_s
-            if now_s - heard_s > limit_s:
-                state = "step" if ready else "start"
-                return EngineError(f"the rank group was silent for {limit_s:g} s ({state}_timeout_s)")
+            what = "step_timeout_s" if ready else "start_timeout_s"
+            if now_s - heard_s > (limit_s := getattr(self._config, what)):
+                return EngineError(f"the rank group was silent for {limit_s:g} s ({what})")
             if ready:
                 self._standby.tend(self._next_config())
         return None

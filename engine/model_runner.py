@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable
-from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ import torch
 
 from tpserve.engine.batch import DrawBuilder, Draws
 from tpserve.engine.config import EngineConfig
-from tpserve.engine.device_queue import DeviceQueue, device_clock, device_queue
+from tpserve.engine.device_queue import DeviceQueue, Job, device_clock, device_queue
 from tpserve.engine.protocol import PromptLogprob, TopLogprobs
 from tpserve.engine.rows import Array, BatchState, Changes, Parcel, Uploader
 from tpserve.engine.sequence import Sequence
@@ -46,10 +45,10 @@ class Step:
         device_ns: start and end of its work on the device, once it is finished, if it was to be timed.
     """
 
-    def __init__(self, draws: Draws | None, network: Future[torch.Tensor], prompt: _PromptRows | None) -> None:
+    def __init__(self, draws: Draws | None, network: Job[torch.Tensor], prompt: _PromptRows | None) -> None:
         self.draws, self.network, self.prompt = draws, network, prompt
         self.num_draws = 0 if draws is None else len(draws.seqs)
-        self.fetched: Future[_Fetched] | None = None
+        self.fetched: Job[_Fetched] | None = None
         self.marks: list[Any] = []
         self.device_ns: list[int] = []
 

@@ -169,7 +169,7 @@ class CompiledDecoder:
         caches = torch.zeros_like(k_cache[:slots]), torch.zeros_like(v_cache[:slots])
         h_D = self._layer.compile(*begun, *caches, eps, *self._layers[0])
         logits_V = self._head.compile(h_D, *self._head_weights, eps)
-        self._greedy.compile(logits_V, row, position, self._tokens_RL)
+        self._greedy.compile(logits_V, row, position, self._tokens_RL.clone())  # into which it writes
         self.ready = True
 
     def __call__(self, row: torch.Tensor, position: torch.Tensor, seq_len: int) -> torch.Tensor:
@@ -218,7 +218,7 @@ def _begin(
     rope_PC2: torch.Tensor,
     block_size: int,
 ) -> tuple[torch.Tensor, ...]:
-    """What all layers need: the token's embedding [D], cosines and signed sines [E], its slot [1], and the slots that it
+    """What the layers need: the token's embedding [D], cosines and signed sines [E], its slot [1], and the slots it
     attends to [L] with what is added to their scores [L].
     """
     table_B, token = tables_RB[row, places_B], tokens_RL[row, position]
