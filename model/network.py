@@ -27,7 +27,7 @@ from tpserve.model.kv_cache import PagedKVCache
 from tpserve.model.llama import Llama
 from tpserve.model.parallel import TensorParallel
 from tpserve.model.quantized import has_integers, weight_bytes
-from tpserve.model.sampling import argmax
+from tpserve.model.sampling import draw_greedy
 
 if TYPE_CHECKING:
     from tpserve.model.chunk_graphs import ChunkGraphs
@@ -104,15 +104,6 @@ class _Finished:
 
     def improve(self, idle: bool) -> None:
         """Nothing."""
-
-
-def draw_greedy(
-    logits_NV: torch.Tensor, rows_N: torch.Tensor, positions_N: torch.Tensor, tokens_RL: torch.Tensor
-) -> torch.Tensor:
-    """`Network.draw_greedy` by torch's operations."""
-    tokens_N = argmax(logits_NV)
-    tokens_RL[rows_N, positions_N] = tokens_N
-    return tokens_N
 
 
 class PlainNetwork(_Finished):

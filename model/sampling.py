@@ -33,6 +33,7 @@ __all__ = [
     "SamplingBatch",
     "SparseBias",
     "argmax",
+    "draw_greedy",
     "next_top_p",
     "philox4x32",
     "process_logits",
@@ -83,6 +84,15 @@ def argmax(logits_NV: torch.Tensor) -> torch.Tensor:
     if logits_NV.device.type != "cpu":
         return logits_NV.argmax(dim=-1)
     return torch.from_numpy(logits_NV.numpy().argmax(axis=-1))
+
+
+def draw_greedy(
+    logits_NV: torch.Tensor, rows_N: torch.Tensor, positions_N: torch.Tensor, tokens_RL: torch.Tensor
+) -> torch.Tensor:
+    """Writes the most probable tokens into the rows, at those positions, and returns them; see `argmax`."""
+    tokens_N = argmax(logits_NV)
+    tokens_RL[rows_N, positions_N] = tokens_N
+    return tokens_N
 
 
 def _weights(logits_NX: torch.Tensor, max_N1: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
