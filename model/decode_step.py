@@ -151,9 +151,8 @@ class DecodeStep:
         """None, on all ranks alike, where a rank cannot reach another's memory."""
         d, v = self._embeddings_VD.shape[1], self.logits_SV.shape[1]
         rows = len(self.rows_S)
-        exchange, ok = None, torch.ones(1, device=self._count.device)
-        try:
-            exchange = WordExchange(
+        return self._tp.made_by_all(
+            lambda: WordExchange(
                 self._tp,
                 self._count.device,
                 terms=max(8 * MAX_SPLIT, min(rows, self._max_word_rows)),
@@ -161,11 +160,9 @@ class DecodeStep:
                 gathered=min(rows, linear.MAX_ROWS) * v,
                 per_step=self._per_step,
                 step=self._count,
-            )
-        except RuntimeError:
-            ok.zero_()
-        dist.all_reduce(ok, dist.ReduceOp.MIN, group=self._tp.group)  # and so nobody pushes before all have zeroed
-        return exchange if ok.item() else None
+            ),
+            self._count.device,
+        )
 
     def enqueue(self, s: int) -> None:
         """One step of the first `s` input rows; leaves logits for as many."""

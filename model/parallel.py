@@ -8,6 +8,8 @@ a small matrix product (120-160 microseconds a linear), and it cannot deal out e
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +21,8 @@ from tpserve.model.plan import chunk_bounds, shares
 
 # torch 2.13 gave it this name and deprecated the old one, which 2.11 has.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +50,18 @@ class TensorParallel:
         """Sums `x` over the ranks, in place."""
         dist.all_reduce(x, group=self.group)
         return x
+
+    def made_by_all(self, make: Callable[[], T], device: torch.device) -> T | None:
+        """What `make` makes; None, on all ranks alike, if it raises a RuntimeError on one: as where a rank cannot reach
+        another's memory. When it returns, all ranks have made theirs: nobody writes into what is still being zeroed.
+        """
+        made, ok = None, torch.ones(1, device=device)
+        try:
+            made = make()
+        except RuntimeError:
+            ok.zero_()
+        dist.all_reduce(ok, dist.ReduceOp.MIN, group=self.group)
+        return made if ok.item() else None
 
     def gather_vocabulary(self, logits_NV: torch.Tensor, vocab_size: int) -> torch.Tensor:
         """Joins every rank's columns; [N, own columns] → [N, vocab_size].

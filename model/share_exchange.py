@@ -17,7 +17,6 @@ import os
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from tpserve.model.kernels.mixed import matmul
 from tpserve.model.matrix import Matrix
@@ -71,13 +70,7 @@ class ShareExchange:
         """None on a single rank, and, on all ranks alike, where one cannot reach another's memory."""
         if tp.size == 1 or device.type != "cuda":
             return None
-        made, ok = None, torch.ones(1, device=device)
-        try:
-            made = cls(tp, rows, dim, dtype, device)
-        except RuntimeError:
-            ok.zero_()
-        dist.all_reduce(ok, dist.ReduceOp.MIN, group=tp.group)
-        return made if ok.item() else None
+        return tp.made_by_all(lambda: cls(tp, rows, dim, dtype, device), device)
 
     def fits(self, rows: int) -> bool:
         """Whether a step of so many rows is no larger than the largest."""

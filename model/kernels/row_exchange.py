@@ -22,7 +22,6 @@ import os
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import triton
 import triton.language as tl
 
@@ -123,13 +122,7 @@ class RowExchange:
         """None on one rank, for too many rows, and, on all ranks alike, where one cannot reach another's memory."""
         if tp.size == 1 or device.type != "cuda" or rows > MAX_PROGRAMS * tp.size:
             return None
-        made, ok = None, torch.ones(1, device=device)
-        try:
-            made = cls(tp, rows, dim, dtype, device)
-        except RuntimeError:
-            ok.zero_()
-        dist.all_reduce(ok, dist.ReduceOp.MIN, group=tp.group)  # and so nobody meets before all have zeroed their flags
-        return made if ok.item() else None
+        return tp.made_by_all(lambda: cls(tp, rows, dim, dtype, device), device)
 
     def fits(self, rows: int) -> bool:
         """Whether a step of so many rows is no larger than the largest."""

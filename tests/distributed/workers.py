@@ -60,7 +60,8 @@ def two_steps(rank: int, world_size: int, store: str, folder: str, tokens: list[
 
 
 def collectives(rank: int, world_size: int, store: str, dtypes: str) -> None:
-    """Checks the sum and the gather of these types (with commas between), with a vocabulary that does not divide."""
+    """Checks the sum and the gather of these types (with commas between), with a vocabulary that does not divide; and
+    that the ranks agree on what one of them cannot make."""
     join(rank, world_size, store)
     tp = TensorParallel.from_world()
     for dtype in (getattr(torch, name) for name in dtypes.split(",")):
@@ -70,6 +71,15 @@ def collectives(rank: int, world_size: int, store: str, dtypes: str) -> None:
             whole = torch.arange(2 * vocab, dtype=torch.float32).view(2, vocab).to(dtype)
             own = whole.chunk(world_size, dim=1)[rank]
             assert torch.equal(tp.gather_vocabulary(own, vocab), whole), dtype
+
+    def fails_on_rank_1() -> str:
+        if rank == 1:
+            raise RuntimeError("no peer access")
+        return "made"
+
+    cpu = torch.device("cpu")
+    assert tp.made_by_all(lambda: f"rank {rank}'s", cpu) == f"rank {rank}'s"
+    assert tp.made_by_all(fails_on_rank_1, cpu) is None, "the ranks must do without, all of them"
     leave()
 
 
