@@ -1,4 +1,5 @@
-"""What a rank of a standby group imports beside what it needs to start: nothing of the device."""
+"""What is imported before it is needed: by torchrun for all of its ranks, which are forks of it, and by a rank of a
+standby group. Nothing of the device."""
 
 from __future__ import annotations
 
@@ -13,10 +14,15 @@ from tpserve.engine.config import EngineConfig
 _WITH_TRITON = ("chunk_graphs", "decode_step", "fused_forward")
 
 
+def preload_for_ranks() -> None:
+    """Imports what every rank will import. Starts no thread and looks for no device: neither outlives a fork."""
+    importlib.import_module("tpserve.engine.group")
+    importlib.import_module("torch._dynamo")  # loading does, and the first collective
+
+
 def preload(config: EngineConfig) -> None:
     """Imports the modules that the engine would import later on. No CUDA context is made: that would take memory."""
-    if config.tensor_parallel_size > 1:
-        importlib.import_module("torch._dynamo")  # the first DTensor would
+    importlib.import_module("torch._dynamo")  # where ranks are not forks
     if config.device != "cpu" and Path("/dev/nvidiactl").exists():
         if importlib.util.find_spec("triton") is not None:
             for name in _WITH_TRITON:

@@ -120,11 +120,26 @@ def children(pid: int) -> list[int]:
 
 
 def command_line(pid: int) -> list[str]:
-    """The arguments that a process was started with; empty when it has ended."""
+    """The arguments that a process was started with, or goes by (`go_by`); empty when it has ended."""
     try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
+        text = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").rstrip("\0")
     except OSError:
         return []
+    return text.split("\0") if text else []
+
+
+def go_by(arguments: list[str]) -> None:
+    """Writes other arguments over those that this process was started with, for whoever looks at its command line (such
+    as `ps`). Linux.
+
+    Raises:
+        ValueError: they are longer than the old ones.
+    """
+    start, end = map(int, _after_name(os.getpid())[45:47])  # arg_start and arg_end (proc(5))
+    line = b"".join(os.fsencode(argument) + b"\0" for argument in arguments)
+    if len(line) > end - start:
+        raise ValueError("there is no room for so long a command line")
+    ctypes.memmove(start, line.ljust(end - start, b"\0"), end - start)
 
 
 def members_of_sessions(session_ids: set[int]) -> list[int]:

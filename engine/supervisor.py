@@ -168,7 +168,7 @@ class RankGroup:
         if len(self._pid_of) > self._size or self._ended is not None:
             return
         for pid in children(self._process.pid):
-            # Before its exec a child still has torchrun's arguments; after it the folder is a rank's last one.
+            # At first a child has torchrun's arguments; later its own, of which the folder is the last one.
             arguments = command_line(pid)
             if pid not in self._pid_of.values() and arguments[-1:] == [str(self.folder)] and "-u" in arguments[:2]:
                 self._watch(pid)

@@ -7,6 +7,7 @@ import dataclasses
 import os
 from pathlib import Path
 
+from tpserve.engine.forked_rank import NAME
 from tpserve.engine.process import children, command_line, descendants, is_running
 from tpserve.engine.supervisor import GO_FILE
 
@@ -58,8 +59,8 @@ def groups(front: int, size: int) -> list[Group]:
         folder = command_line(launcher)[-1:]
         for pid in descendants(launcher):
             if "-u" in (arguments := command_line(pid))[:2] and arguments[-1:] == folder:
-                rank = environment(pid).get("RANK")
-                if rank is not None:
+                rank = _name(pid).removeprefix(NAME)
+                if rank.isdigit():
                     ranks[int(rank)] = pid
         if len(ranks) == size:
             found.append(Group(launcher, tuple(ranks[rank] for rank in sorted(ranks)), Path(folder[0])))
@@ -100,6 +101,13 @@ def num_fds(pid: int) -> int:
         return len(os.listdir(f"/proc/{pid}/fd"))
     except OSError:
         return 0
+
+
+def _name(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""
 
 
 def _open_files(pid: int) -> set[str]:

@@ -1,0 +1,106 @@
+"""torchrun's ranks as forks of it: what takes a process seconds to import is imported once, and lies in memory once.
+
+A rank that is forked goes by the command line that it would have been started with, and by its number. torchrun has not
+touched a device when it forks, and its threads, which the rank does not get, work for its store alone.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from typing import Any, NoReturn
+
+import torch
+from torch.distributed.elastic.multiprocessing import api
+
+from tpserve.engine.process import go_by
+
+NAME = "tpserve-rank"  # and its number: what `top` and /proc/PID/comm say
+_POLL_S = 0.02
+
+
+def fork_ranks() -> None:
+    """The `torchrun` that this process is about to become forks its ranks, which must be modules of Python."""
+    api.get_subprocess_handler = _Handler  # type: ignore[assignment, attr-defined]  # the one place that starts them
+
+
+class _Forked:
+    """A child as torchrun asks for it: of `subprocess.Popen`, what it uses."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        """The exit status; None while it runs; -N: of signal N."""
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def wait(self, timeout: float) -> int:
+        """Likewise; waits for so many seconds.
+
+        Raises:
+            subprocess.TimeoutExpired: it still runs.
+        """
+        deadline_s = time.monotonic() + timeout
+        while (status := self.poll()) is None:
+            if time.monotonic() >= deadline_s:
+                raise subprocess.TimeoutExpired(str(self.pid), timeout)
+            time.sleep(_POLL_S)
+        return status
+
+
+class _Handler:
+    """Starts a rank; in place of torchrun's `SubprocessHandler`.
+
+    Args:
+        entrypoint, args: the command: an interpreter, -u, -m, the module and its arguments.
+        env: what is added to this process's environment.
+        local_rank_id: the rank, of those of this machine.
+    """
+
+    def __init__(
+        self, entrypoint: str, args: tuple[str, ...], env: dict[str, str], local_rank_id: int, **_: Any
+    ) -> None:
+        self.local_rank_id = local_rank_id
+        pid = os.fork()
+        if pid == 0:
+            _become([entrypoint, *args], env)
+        self.proc = _Forked(pid)
+
+    def close(self, death_sig: signal.Signals | None = None) -> None:
+        """Signals the rank and what it has started."""
+        os.killpg(self.proc.pid, death_sig or signal.SIGTERM)
+
+
+def _become(command: list[str], env: dict[str, str]) -> NoReturn:
+    status = 1
+    try:
+        os.setsid()
+        for number in signal.valid_signals():
+            if callable(signal.getsignal(number)):
+                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # the store's
+        os.environ.update(env)
+        go_by(command)
+        torch.multiprocessing._set_thread_name(f"{NAME}{env['RANK']}")
+        sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
+        gc.disable()  # until `settle_heap`
+        _, _, _, module, *sys.argv[1:] = command
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        status = 0
+    except SystemExit as e:
+        status = e.code if isinstance(e.code, int) else int(e.code is not None)
+    except BaseException:  # noqa: BLE001 - whatever it is, this must not go on as a second torchrun
+        traceback.print_exc()
+    finally:
+        os._exit(status)
