@@ -1,7 +1,8 @@
 """torchrun's ranks as forks of it: what takes a process seconds to import is imported once, and lies in memory once.
 
-A rank that is forked goes by the command line that it would have been started with, and by its number. torchrun has not
-touched a device when it forks, and its threads, which the rank does not get, work for its store alone.
+A rank that is forked goes by the command line that it would have been started with, and by its number. The threads of
+torchrun, which the rank does not get, work for its store alone. Not with CUDA: torchrun looks how many GPUs there are,
+and whoever has done that cannot fork processes that use them.
 """
 
 from __future__ import annotations

@@ -59,7 +59,8 @@ def groups(front: int, size: int) -> list[Group]:
         folder = command_line(launcher)[-1:]
         for pid in descendants(launcher):
             if "-u" in (arguments := command_line(pid))[:2] and arguments[-1:] == folder:
-                rank = _name(pid).removeprefix(NAME)
+                name = _name(pid)  # of a fork, whose environment is torchrun's
+                rank = name.removeprefix(NAME) if name.startswith(NAME) else environment(pid).get("RANK", "")
                 if rank.isdigit():
                     ranks[int(rank)] = pid
         if len(ranks) == size:
