@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from tests.distributed.workers import collectives, fairscale_checkpoint, two_steps
 from tests.helpers.data import shared_data
+from tests.helpers.ranks import run_ranks
 from tests.helpers.shards import TINY_PARAMS, write_fairscale_checkpoint
 from tpserve.convert.convert import convert
 
@@ -25,7 +25,7 @@ def run_two_steps(folder: Path, tmp_path: Path, tp: int, tokens: list[int], dtyp
     if tp == 1:
         two_steps(0, *arguments)
     else:
-        mp.spawn(two_steps, arguments, nprocs=tp)
+        run_ranks(two_steps, arguments, nprocs=tp)
     result: dict[str, Any] = torch.load(out, weights_only=True)
     return result
 
@@ -37,7 +37,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return convert(folder / "in", folder / "out", progress=False)
 
 
-@pytest.mark.parametrize("tp", [2, 4, pytest.param(8, marks=pytest.mark.faults)])
+@pytest.mark.parametrize("tp", [2, 4, 8])
 def test_logits_do_not_depend_on_the_tp_size(wide: Path, tmp_path: Path, tp: int) -> None:
     alone = run_two_steps(wide, tmp_path, 1, TOKENS)
     together = run_two_steps(wide, tmp_path, tp, TOKENS)
@@ -66,13 +66,13 @@ def test_half_precision(wide: Path, tmp_path: Path, dtype: str) -> None:
 
 
 def test_collectives(tmp_path: Path) -> None:
-    mp.spawn(collectives, (3, str(tmp_path / "store"), "float32,float16,bfloat16"), nprocs=3)
+    run_ranks(collectives, (3, str(tmp_path / "store"), "float32,float16,bfloat16"), nprocs=3)
 
 
 def test_shards_of_fairscales_own_layers_give_fairscales_own_logits(tmp_path: Path) -> None:
     source = tmp_path / "in"
     source.mkdir()
-    mp.spawn(fairscale_checkpoint, (2, str(tmp_path / "store"), str(source), TINY_PARAMS, 88, TOKENS), nprocs=2)
+    run_ranks(fairscale_checkpoint, (2, str(tmp_path / "store"), str(source), TINY_PARAMS, 88, TOKENS), nprocs=2)
     expected = torch.load(source / "logits.pt", weights_only=True)
     (source / "logits.pt").unlink()
     folder = convert(source, tmp_path / "out", progress=False)
