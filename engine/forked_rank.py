@@ -20,10 +20,16 @@ from typing import Any, NoReturn
 import torch
 from torch.distributed.elastic.multiprocessing import api
 
+from tpserve.engine.preload import has_nvidia_gpus
 from tpserve.engine.process import go_by
 
 NAME = "tpserve-rank"  # and its number: what `top` and /proc/PID/comm say
 _POLL_S = 0.02
+
+
+def may_fork_ranks() -> bool:
+    """Whether ranks can be forks here: on Linux, without GPUs that they might use."""
+    return sys.platform.startswith("linux") and not has_nvidia_gpus() and torch.version.hip is None
 
 
 def fork_ranks() -> None:

@@ -19,16 +19,16 @@ if __name__ == "__main__":
     # Imported here: they take seconds, in which the parent may end.
     from torch.distributed.run import main
 
-    from tpserve.engine.forked_rank import fork_ranks
+    from tpserve.engine.forked_rank import fork_ranks, may_fork_ranks
     from tpserve.engine.loopback import listen_on, listen_on_loopback
-    from tpserve.engine.preload import has_nvidia_gpus, preload_for_ranks
+    from tpserve.engine.preload import preload_for_ranks
 
     where, arguments = sys.argv[2], sys.argv[3:]
     if where == "loopback":
         arguments = ["--master-addr", "127.0.0.1", "--master-port", str(listen_on_loopback()), *arguments]
     elif where != "elsewhere":
         listen_on(socket.socket(fileno=int(where)))
-    if sys.platform.startswith("linux") and not has_nvidia_gpus():  # torchrun counts GPUs, and then may not fork
+    if may_fork_ranks():
         preload_for_ranks()
         fork_ranks()
     gc.freeze()
