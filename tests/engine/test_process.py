@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -112,31 +113,30 @@ def test_a_process_goes_by_another_command_line_if_there_is_room() -> None:
 
 
 FORKED = """
-import os, signal, sys
+import json, os, signal, sys
 from tpserve.engine.forked_rank import _Handler
-from tpserve.engine.process import command_line
 signal.signal(signal.SIGTERM, lambda *_: sys.exit("torchrun's own end"))
 inherited = os.open("/dev/null", os.O_RDONLY)
-code = f"import os\\ntry: os.fstat({inherited})\\nexcept OSError: {sys.argv[1]}"
-command = ("-u", "-m", "timeit", "-n1", "-r1", code)
-rank = _Handler(sys.executable, command, {"RANK": "3", "ONLY_THE_RANKS": "5"}, 0)
-print(rank.proc.wait(30), rank.proc.poll())
+for does in json.loads(sys.argv[1]):
+    code = f"import os\ntry: os.fstat({inherited})\nexcept OSError: {does}"
+    command = ("-u", "-m", "timeit", "-n1", "-r1", code)
+    rank = _Handler(sys.executable, command, {"RANK": "3", "ONLY_THE_RANKS": "5"}, 0)
+    assert rank.proc.wait(30) == rank.proc.poll()
+    print(rank.proc.poll())
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux for it")
-@pytest.mark.parametrize(
-    ("does", "status"),
-    [
-        ("os._exit(int(os.environ['ONLY_THE_RANKS']))", 5),
-        ("os.kill(os.getpid(), 15)", -15),
-        ("os._exit(os.getsid(0) != os.getpid())", 0),
-        ("os._exit(open('/proc/self/comm').read().strip() != 'tpserve-rank3')", 0),
-        ("os._exit(open('/proc/self/cmdline').read().split(chr(0))[1:4] != ['-u', '-m', 'timeit'])", 0),
-        ("no_such_name", 1),
-    ],
-)
-def test_a_forked_rank_is_what_a_new_process_would_be(does: str, status: int) -> None:
+def test_a_forked_rank_is_what_a_new_process_would_be() -> None:
     """Its environment, signals, session, names and files; `timeit` stands for a rank's module."""
-    ran = subprocess.run([sys.executable, "-c", FORKED, does], check=True, capture_output=True, text=True)
-    assert ran.stdout == f"{status} {status}\n", ran.stderr
+    expected = {
+        "os._exit(int(os.environ['ONLY_THE_RANKS']))": 5,
+        "os.kill(os.getpid(), 15)": -15,
+        "os._exit(os.getsid(0) != os.getpid())": 0,
+        "os._exit(open('/proc/self/comm').read().strip() != 'tpserve-rank3')": 0,
+        "os._exit(open('/proc/self/cmdline').read().split(chr(0))[1:4] != ['-u', '-m', 'timeit'])": 0,
+        "no_such_name": 1,
+    }
+    command = [sys.executable, "-c", FORKED, json.dumps(list(expected))]
+    ran = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert ran.stdout.split() == [str(status) for status in expected.values()], ran.stderr
