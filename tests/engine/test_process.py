@@ -118,7 +118,7 @@ from tpserve.engine.forked_rank import _Handler
 signal.signal(signal.SIGTERM, lambda *_: sys.exit("torchrun's own end"))
 inherited = os.open("/dev/null", os.O_RDONLY)
 for does in json.loads(sys.argv[1]):
-    code = f"import os\ntry: os.fstat({inherited})\nexcept OSError: {does}"
+    code = f"import os\\ntry: os.fstat({inherited})\\nexcept OSError: {does}"
     command = ("-u", "-m", "timeit", "-n1", "-r1", code)
     rank = _Handler(sys.executable, command, {"RANK": "3", "ONLY_THE_RANKS": "5"}, 0)
     assert rank.proc.wait(30) == rank.proc.poll()
