@@ -69,7 +69,7 @@ class Driver:
         for tensor in (*cache.k, *cache.v):
             tensor.copy_(torch.full_like(tensor, torch.nan, dtype=torch.float32))
         generator = torch.Generator().manual_seed(1)
-        tokens = torch.randint(0, VOCAB, (2, MAX_LEN + 1), generator=generator)
+        self.tokens = tokens = torch.randint(0, VOCAB, (2, MAX_LEN + 1), generator=generator)
         tables = torch.randperm(30, generator=generator)[:24].view(2, -1)
         consolidate(model)
         self.supported = CompiledDecoder.supports(model, 12)
@@ -128,6 +128,20 @@ def test_a_float8_cache() -> None:
     # Sums in another order round some keys to the other neighbour.
     assert 0 < (ours - exact).norm() < 1.1 * (plain - exact).norm()
     assert (ours - plain).norm() < 0.5 * (plain - exact).norm()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", [CompiledNetwork, PlainNetwork])
+def test_a_greedy_draw_is_the_first_of_the_most_probable(kind: type[PlainNetwork]) -> None:
+    driver = Driver(llama(), torch.float32, kind)
+    expected = driver.tokens.clone()
+    for row, position, ids in ((0, 5, [7]), (1, 40, [99]), (1, 3, [60, 12, 61, 76]), (0, 6, list(range(VOCAB)))):
+        logits_1V = torch.full((1, VOCAB), -1.0)
+        logits_1V[0, ids] = 2.0
+        drawn = driver.network.draw_greedy(logits_1V, torch.tensor([row]), torch.tensor([position]))
+        expected[row, position] = min(ids)
+        assert drawn.tolist() == [min(ids)]
+        assert torch.equal(driver.tokens, expected)
 
 
 def test_int4_goes_the_plain_way() -> None:
