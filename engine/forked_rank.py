@@ -20,7 +20,6 @@ from typing import Any, NoReturn
 import torch
 from torch.distributed.elastic.multiprocessing import api
 
-from tpserve.engine.preload import has_nvidia_gpus
 from tpserve.engine.process import go_by
 
 NAME = "tpserve-rank"  # and its number: what `top` and /proc/PID/comm say
@@ -28,8 +27,8 @@ _POLL_S = 0.02
 
 
 def may_fork_ranks() -> bool:
-    """Whether ranks can be forks here: on Linux, without GPUs that they might use."""
-    return sys.platform.startswith("linux") and not has_nvidia_gpus() and torch.version.hip is None
+    """Whether ranks can be forks here: on Linux, without GPUs that they might use. torchrun asks the same of CUDA."""
+    return sys.platform.startswith("linux") and not torch.cuda.is_available()
 
 
 def fork_ranks() -> None:

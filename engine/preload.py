@@ -14,11 +14,6 @@ from tpserve.engine.config import EngineConfig
 _WITH_TRITON = ("chunk_graphs", "decode_step", "fused_forward")
 
 
-def has_nvidia_gpus() -> bool:
-    """Whether this machine has any; a question that makes no CUDA context."""
-    return Path("/dev/nvidiactl").exists()
-
-
 def preload_for_ranks() -> None:
     """Imports what every rank will import. Starts no thread and looks for no device: neither outlives a fork."""
     importlib.import_module("tpserve.engine.group")
@@ -28,7 +23,7 @@ def preload_for_ranks() -> None:
 def preload(config: EngineConfig) -> None:
     """Imports the modules that the engine would import later on. No CUDA context is made: that would take memory."""
     importlib.import_module("torch._dynamo")  # where ranks are not forks
-    if config.device != "cpu" and has_nvidia_gpus():
+    if config.device != "cpu" and Path("/dev/nvidiactl").exists():
         if importlib.util.find_spec("triton") is not None:
             for name in _WITH_TRITON:
                 importlib.import_module(f"tpserve.model.{name}")
