@@ -23,8 +23,9 @@ from tpserve.bench import roofline
 from tpserve.bench.decode_step import MODELS, random_model
 from tpserve.bench.record import write_result
 from tpserve.model.attention import SequenceSlice
+from tpserve.model.fused_network import FusedNetwork
 from tpserve.model.kv_cache import PagedKVCache
-from tpserve.model.network import FusedNetwork, StepInputs
+from tpserve.model.network import StepInputs
 from tpserve.model.parallel import TensorParallel, num_kv_heads
 from tpserve.model.quantized import quantize
 

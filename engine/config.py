@@ -23,6 +23,7 @@ _POSITIVE = (
     "checksum_interval",
     "num_nodes",
 )
+_MAX_MULTI_STEP_MS = 1000
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -57,6 +58,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         enable_chunked_prefill: long prompts are computed in pieces beside running streams; without it a prompt takes
             one step, and max_num_batched_tokens must be at least max_seq_len.
         async_scheduling: a step is planned while the device computes the one before.
+        multi_step_ms: where the host takes the cores that the device computes with (compiled steps on a CPU), a
+            sequence that runs alone is planned for as many tokens as take no longer than this; they come together.
+            0: one by one.
         num_speculative_tokens: tokens that are guessed from what the text said before (prompt lookup) and checked in
             one step; 0: off. The tokens are the same with and without.
         prompt_lookup_max, prompt_lookup_min: lengths of the last tokens that are looked up, longest first.
@@ -97,6 +101,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
     async_scheduling: bool = True
+    multi_step_ms: float = 32.0
     num_speculative_tokens: int = 0
     prompt_lookup_max: int = 4
     prompt_lookup_min: int = 2
@@ -137,6 +142,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             )
         if not 0 <= self.num_speculative_tokens <= 16:
             raise ConfigError(f"num_speculative_tokens must be from 0 to 16, got {self.num_speculative_tokens}")
+        if not 0 <= self.multi_step_ms <= _MAX_MULTI_STEP_MS:
+            raise ConfigError(
+                f"multi_step_ms must be from 0 to {_MAX_MULTI_STEP_MS}, got {self.multi_step_ms}: "
+                "no other request begins meanwhile"
+            )
         if not 1 <= self.prompt_lookup_min <= self.prompt_lookup_max:
             raise ConfigError(
                 f"prompt_lookup_min ({self.prompt_lookup_min}) must be from 1 to prompt_lookup_max "

@@ -33,12 +33,14 @@ class CoreShape:
         max_seq_len: longest sequence that is served, in tokens.
         eos_token_ids: that end a turn; empty without a tokenizer.
         vocab_size: of the logits.
+        decode_steps: tokens that a sequence which runs alone draws in one plan.
     """
 
     num_blocks: int
     max_seq_len: int
     eos_token_ids: tuple[int, ...]
     vocab_size: int
+    decode_steps: int = 1
 
 
 class Runner(Protocol):
@@ -69,7 +71,7 @@ class EngineCore:
     ) -> None:
         self.shape, self.rank = shape, rank
         self.pool = BlockPool(shape.num_blocks, caching=config.enable_prefix_caching)
-        self.scheduler = Scheduler(self.pool, config)
+        self.scheduler = Scheduler(self.pool, config, shape.decode_steps)
         self.tracer = Tracer(rank)
         self.step_count = 0
         self.checksum = 0  # CRC-32 over every decision so far

@@ -105,7 +105,9 @@ def build_core(config: EngineConfig, device: torch.device, tp: TensorParallel) -
     # Converted by an older release, the checkpoint names only one.
     known = () if tokenizer is None else tokenizer.end_ids
     ends = tuple(dict.fromkeys((*loaded.info.end_ids, *known)))
-    shape = CoreShape(num_blocks, config.max_seq_len, ends, vocab_size)
+    step_s = runner.network.lone_step_s
+    decode_steps = 1 if step_s is None else max(1, int(config.multi_step_ms / 1e3 / step_s))
+    shape = CoreShape(num_blocks, config.max_seq_len, ends, vocab_size, decode_steps)
     return EngineCore(config, shape, runner, tp.rank, grammars)
 
 

@@ -7,7 +7,6 @@ while the network runs. Jobs read nothing that the host may still change.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 from tpserve.engine.batch import DrawBuilder, Draws
 from tpserve.engine.config import EngineConfig
 from tpserve.engine.device_queue import DeviceQueue, Job, device_clock, device_queue
-from tpserve.engine.protocol import PromptLogprob, TopLogprobs
+from tpserve.engine.prompt_rows import PromptRows, pairs
 from tpserve.engine.rows import Array, BatchState, Changes, Parcel, Uploader
 from tpserve.engine.sequence import Sequence
 from tpserve.engine.step import Candidate, StepPlan, StepResult
@@ -28,26 +27,19 @@ from tpserve.model.network import Network, StepInputs
 from tpserve.model.sampling import sample
 
 
-@dataclasses.dataclass(frozen=True)
-class _PromptRows:
-    """Logits of prompt tokens whose log-probabilities are asked for."""
-
-    spans: list[tuple[int, int]]  # (entry, number of rows)
-    targets_P: torch.Tensor  # the tokens that follow
-    top: int
-
-
 class Step:
     """A step under way.
 
     Attributes:
-        num_draws: tokens that it draws.
+        num_draws: tokens that its first step draws.
+        following: further steps, of a sequence alone.
         device_ns: start and end of its work on the device, once it is finished, if it was to be timed.
     """
 
-    def __init__(self, draws: Draws | None, network: Job[torch.Tensor], prompt: _PromptRows | None) -> None:
+    def __init__(self, draws: Draws | None, network: Job[torch.Tensor], prompt: PromptRows | None) -> None:
         self.draws, self.network, self.prompt = draws, network, prompt
         self.num_draws = 0 if draws is None else len(draws.seqs)
+        self.following: list[tuple[StepInputs, Draws]] = []
         self.fetched: Job[_Fetched] | None = None
         self.marks: list[Any] = []
         self.device_ns: list[int] = []
@@ -141,9 +133,9 @@ class ModelRunner:
                     drawing.append(seq)
                     draw_rows.append(end - 1 - i)
                     draw_positions.append(start + n - i)
-        prompt, prompt_rows = self._prompt_rows(plan)
+        prompt = PromptRows.of(plan, self._upload)
         copies = self._upload(list(zip(*plan.copies, strict=True)), np.int64) if plan.copies else None
-        draw_rows += prompt_rows
+        draw_rows += [] if prompt is None else prompt.rows
         all_drawn = len(draw_rows) == end and draw_rows == list(range(end))
         parcel = Parcel()
         rows_at, positions_at = parcel.add(flat[0]), parcel.add(flat[1])
@@ -174,6 +166,11 @@ class ModelRunner:
         draws = self._draws.build(drawing, draw_positions) if drawing else None
         step = Step(draws, computed, prompt)
         step.marks = marks
+        for i in range(1, plan.entries[0].num_steps):  # of a sequence alone
+            later = dataclasses.replace(
+                inputs, positions_T=inputs.positions_T + i, decode_lens=[n + i for n in decode_lens]
+            )
+            step.following.append((later, self._draws.build(drawing, [p + i for p in draw_positions])))
         return step
 
     def draw(self, step: Step, masks: Array | None) -> None:
@@ -191,8 +188,14 @@ class ModelRunner:
                 logits_NV = step.network.result()
                 drawn_NV = logits_NV if step.prompt is None else logits_NV[: step.num_draws]
                 self._draw(step.draws, drawn_NV, allowed, fetched.tensors)
+            if step.following:
+                drawn = [fetched.tensors]
+                for inputs, later in step.following:
+                    drawn.append({})
+                    self._draw(later, self.network(inputs), None, drawn[-1])
+                fetched.tensors = {name: torch.cat([each[name] for each in drawn]) for name in drawn[0]}
             if step.prompt is not None:
-                _prompt_logprobs(step.network.result()[step.num_draws :], step.prompt, fetched.tensors)
+                step.prompt.compute(step.network.result()[step.num_draws :], fetched.tensors)
             if self._device.type == "cuda":
                 fetched.tensors = {name: _on_its_way(tensor) for name, tensor in fetched.tensors.items()}
                 fetched.event = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -219,7 +222,7 @@ class ModelRunner:
         result = StepResult(
             tokens=host.get("tokens", []),
             logprobs=host.get("logprobs"),
-            top_logprobs=_pairs(host["top_ids"], host["top_logprobs"]) if "top_ids" in host else None,
+            top_logprobs=pairs(host["top_ids"], host["top_logprobs"]) if "top_ids" in host else None,
         )
         if "candidate_ids" in host:
             columns = zip(host["candidate_ids"], host["candidate_logprobs"], host["candidate_raw"], strict=True)
@@ -227,11 +230,7 @@ class ModelRunner:
             for i, (ids, logprobs, raw) in zip(step.draws.static.beams, columns, strict=True):
                 result.candidates[i] = [Candidate(*c) for c in zip(ids, logprobs, raw, strict=True)]
         if step.prompt is not None:
-            none: TopLogprobs = []
-            tops = _pairs(host["prompt_ids"], host["prompt_top"]) if "prompt_ids" in host else itertools.repeat(none)
-            values = zip(host["prompt"], tops, strict=False)
-            for entry, n in step.prompt.spans:
-                result.prompt_logprobs[entry] = [PromptLogprob(*v) for v in itertools.islice(values, n)]
+            result.prompt_logprobs.update(step.prompt.read(host))
         return result
 
     def _draw(
@@ -258,23 +257,6 @@ class ModelRunner:
             out["candidate_logprobs"], out["candidate_ids"] = values, ids
             out["candidate_raw"] = raw_NV[own].log_softmax(dim=-1).gather(-1, ids)
 
-    def _prompt_rows(self, plan: StepPlan) -> tuple[_PromptRows | None, list[int]]:
-        spans: list[tuple[int, int]] = []
-        rows: list[int] = []
-        targets: list[int] = []
-        top = first = 0
-        for i, entry in enumerate(plan.entries):
-            seq = entry.seq
-            if seq.params.prompt_logprobs is not None and not seq.said:
-                n = min(entry.start + entry.num_query_tokens, seq.num_prompt_tokens - 1) - entry.start
-                if n > 0:
-                    spans.append((i, n))
-                    rows += range(first, first + n)
-                    targets += seq.token_ids[entry.start + 1 : entry.start + 1 + n]
-                    top = max(top, seq.params.prompt_logprobs)
-            first += entry.num_query_tokens
-        return (_PromptRows(spans, self._upload(targets, np.int64), top) if spans else None), rows
-
 
 def _row(seq: Sequence) -> int:
     assert seq.row is not None, "a sequence was planned that holds no row"
@@ -284,13 +266,3 @@ def _row(seq: Sequence) -> int:
 def _on_its_way(tensor: torch.Tensor) -> torch.Tensor:
     """A host tensor that the stream will fill. Pinned: into pageable memory the copy would wait for the device."""
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
-
-
-def _prompt_logprobs(logits_PV: torch.Tensor, prompt: _PromptRows, out: dict[str, torch.Tensor]) -> None:
-    out["prompt"] = token_logprobs(logits_PV, prompt.targets_P)
-    if prompt.top:
-        out["prompt_top"], out["prompt_ids"] = top_logprobs(logits_PV, min(prompt.top, logits_PV.shape[1]))
-
-
-def _pairs(ids: list[list[int]], values: list[list[float]]) -> list[TopLogprobs]:
-    return [list(zip(a, b, strict=True)) for a, b in zip(ids, values, strict=True)]

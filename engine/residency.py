@@ -99,26 +99,26 @@ class Residency:
         insort(self.running, twin, key=_order)
         plan.loads.append(twin)
 
-    def cover(self, seq: Sequence, drafts: list[int], plan: StepPlan) -> bool:
+    def cover(self, seq: Sequence, num_tokens: int, plan: StepPlan) -> int:
         """Makes the blocks of the tokens about to be computed the sequence's own, copying what others share.
 
-        When blocks run short, drafts are dropped; then the last of `running` is preempted.
+        When blocks run short, all but the first are given up; then the last of `running` is preempted.
 
         Returns:
-            False: that was the sequence itself.
+            How many of `num_tokens` can be computed: all, one, or, if that was the sequence itself, none.
         """
         start, table, size = seq.num_computed_tokens, seq.block_table, self._block_size
         while True:
-            missing = max(0, (start + len(drafts)) // size + 1 - len(table))
+            missing = max(0, self.blocks_for(start + num_tokens) - len(table))
             copied = start % size > 0 and self.pool.is_shared(table[start // size])
             if not missing and not copied:
-                return True
+                return num_tokens
             if missing + copied <= self.pool.num_free:
                 break
-            if drafts:
-                drafts.clear()
+            if num_tokens > 1:
+                num_tokens = 1
             elif self.preempt_last() is seq:
-                return False
+                return 0
         if copied:
             place = start // size
             (own,) = self.pool.allocate(1)
@@ -129,7 +129,7 @@ class Residency:
         for block in self.pool.allocate(missing):
             plan.new_blocks.append((seq, len(table), block))
             table.append(block)
-        return True
+        return num_tokens
 
     def register(self, seq: Sequence) -> None:
         """Offers the blocks that are full, computed and known to the prefix cache."""

@@ -32,18 +32,20 @@ class Scheduler:
     Args:
         pool: the KV blocks.
         config: sizes and switches.
+        decode_steps: tokens that a sequence which runs alone draws in one plan.
 
     Attributes:
         prefix_queries, prefix_hits: tokens of admitted prompts, and how many of them the prefix cache had.
         num_draft_tokens, num_accepted_tokens: totals.
     """
 
-    def __init__(self, pool: BlockPool, config: EngineConfig) -> None:
+    def __init__(self, pool: BlockPool, config: EngineConfig, decode_steps: int = 1) -> None:
         self.residency = Residency(pool, config)
         self.prefix_queries = self.prefix_hits = 0
         self.num_draft_tokens = self.num_accepted_tokens = 0
         self._pool = pool
         self._config = config
+        self._decode_steps = decode_steps
         self._plan = StepPlan()  # the next one: what beams decide between steps goes into it
 
     @property
@@ -115,15 +117,26 @@ class Scheduler:
             if seq.row is None:  # preempted for one before it, and so are all after it
                 break
             drafts = self._guess(seq, spare) if self._config.num_speculative_tokens else []
-            if not self.residency.cover(seq, drafts, plan):
+            steps = self._steps(seq, seq.max_tokens - num_tokens)
+            n = self.residency.cover(seq, len(drafts) + steps, plan)
+            if n == 0:
                 break
-            n = 1 + len(drafts)
-            plan.entries.append(ScheduledSequence(seq, start, n, (seq,), drafts))
+            if n == 1:
+                drafts, steps = [], 1
+            plan.entries.append(ScheduledSequence(seq, start, 1 + len(drafts), (seq,), drafts, steps))
             if drafts:
                 spare -= len(drafts)
                 plan.writes += [(seq, start + 1 + i, token) for i, token in enumerate(drafts)]
             seq.num_computed_tokens = start + n
-            seq.num_pending += seq.group is None
+            if seq.group is None:
+                seq.num_pending += steps
+
+    def _steps(self, seq: Sequence, limit: int) -> int:
+        """Tokens to draw in one plan: more than one only where nobody else could want the device in between, and
+        nothing but the last token decides about the next."""
+        if self._decode_steps == 1 or self._config.num_speculative_tokens or self.waiting or len(self.running) > 1:
+            return 1
+        return 1 if seq.group is not None or seq.matcher is not None else min(self._decode_steps, limit)
 
     def _guess(self, seq: Sequence, spare: int) -> list[int]:
         """Drafts for the next tokens, as many as may still count and the grammar allows."""
@@ -193,7 +206,7 @@ class Scheduler:
         draw = 0
         for entry in plan.entries:
             for seq in entry.samples:
-                first, draw = draw, draw + 1 + len(entry.drafts)
+                first, draw = draw, draw + entry.num_draws
                 if seq.finished:
                     continue
                 if seq.group is None:
@@ -208,10 +221,10 @@ class Scheduler:
 
     def _accept(self, entry: ScheduledSequence, seq: Sequence, first: int, tokens: list[int]) -> Progress:
         """Appends what was drawn, drafts as long as they agree with it."""
-        seq.num_pending -= 1
+        seq.num_pending -= entry.num_steps
         new: list[int] = []
         reason = error = None
-        for i in range(len(entry.drafts) + 1):
+        for i in range(entry.num_draws):
             token = tokens[first + i]
             reason = seq.finish_reason_after(token)
             if reason != "stop":
@@ -223,7 +236,7 @@ class Scheduler:
                 if seq.matcher is not None and seq.matcher.finished:
                     error = seq.matcher.error
                     reason = "stop" if error is None else "error"
-            if reason is not None or i == len(entry.drafts) or token != entry.drafts[i]:
+            if reason is not None or (entry.drafts and (i == len(entry.drafts) or token != entry.drafts[i])):
                 break
         if entry.drafts:
             self.num_draft_tokens += len(entry.drafts)

@@ -18,6 +18,8 @@ class ScheduledSequence:
         num_query_tokens: tokens to compute, drafts included.
         samples: who draws a token after the last of them: nobody, the sequence, or it and its children.
         drafts: guesses for the tokens after the last known one; with k of them, k + 1 tokens are drawn.
+        num_steps: tokens that are drawn one after another, each computed from the one before, without the host in
+            between; above 1 only for a sequence that decodes alone, without drafts.
     """
 
     seq: Sequence
@@ -25,6 +27,12 @@ class ScheduledSequence:
     num_query_tokens: int
     samples: tuple[Sequence, ...]
     drafts: list[int]
+    num_steps: int = 1
+
+    @property
+    def num_draws(self) -> int:
+        """Tokens that are drawn for each of `samples`."""
+        return len(self.drafts) + self.num_steps
 
 
 @dataclasses.dataclass(slots=True)
@@ -74,7 +82,7 @@ class StepResult:
     """What a step drew.
 
     Attributes:
-        tokens: one a draw: for each entry's samples, in order, 1 + number of drafts.
+        tokens: one a draw: for each entry's samples, in order, `num_draws`.
         logprobs: likewise, natural logarithms; None when nobody asked.
         top_logprobs: likewise, the most probable tokens; None when nobody asked.
         candidates: by draw, for beams: the best ways to go on.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from typing import Any
 
@@ -11,7 +12,7 @@ from tpserve.engine.config import EngineConfig
 from tpserve.engine.sampling_params import SamplingParams
 from tpserve.engine.scheduler import Scheduler
 from tpserve.engine.sequence import Sequence
-from tpserve.engine.step import Candidate, StepPlan, StepResult
+from tpserve.engine.step import Candidate, ScheduledSequence, StepPlan, StepResult
 
 BLOCK, BLOCKS, MAX_LEN, MAX_SEQS, BUDGET = 4, 14, 40, 5, 12
 EOS = 2
@@ -48,8 +49,8 @@ def hash_of(text: str) -> int:
     return random.Random(text).randrange(10**6)
 
 
-def make_scheduler(blocks: int = BLOCKS, **changes: Any) -> Scheduler:
-    return Scheduler(BlockPool(blocks), make_config(**changes))
+def make_scheduler(blocks: int = BLOCKS, decode_steps: int = 1, **changes: Any) -> Scheduler:
+    return Scheduler(BlockPool(blocks), make_config(**changes), decode_steps)
 
 
 def next_token(token_ids: list[int], index: int) -> int:
@@ -102,8 +103,14 @@ class FakeDevice:
             for i in range(BLOCK):
                 if source * BLOCK + i in before:
                     self.slots[target * BLOCK + i] = before[source * BLOCK + i]
+        result = StepResult([])
+        for i in range(plan.entries[0].num_steps if plan.entries else 0):
+            self._compute([dataclasses.replace(entry, start=entry.start + i) for entry in plan.entries], result)
+        return result
+
+    def _compute(self, entries: list[ScheduledSequence], result: StepResult) -> None:
         written: dict[int, int] = {}
-        for entry in plan.entries:
+        for entry in entries:
             row = entry.seq.row
             assert row is not None
             for p in range(entry.start, entry.start + entry.num_query_tokens):
@@ -111,8 +118,8 @@ class FakeDevice:
                 history = tuple(self.rows[row][q] for q in range(p + 1))
                 assert written.setdefault(slot, row) == row, "two rows write into one slot"
                 self.slots[slot] = (history, p)
-        result = StepResult([])
-        for entry in plan.entries:
+        draw = len(result.tokens)
+        for entry in entries:
             for seq in entry.samples:
                 assert seq.row is not None
                 for j in range(1 + len(entry.drafts)):
@@ -125,15 +132,13 @@ class FakeDevice:
                     if seq.group is not None:
                         result.candidates[len(result.tokens)] = candidates(history)
                     result.tokens.append(token)
-        draw = 0
-        for entry in plan.entries:
+        for entry in entries:
             for seq in entry.samples:
                 assert seq.row is not None
                 for j in range(1 + len(entry.drafts)):
                     end = entry.start + entry.num_query_tokens - len(entry.drafts) + j
                     self.rows[seq.row][end] = result.tokens[draw]
                     draw += 1
-        return result
 
 
 def candidates(history: list[int]) -> list[Candidate]:

@@ -9,7 +9,7 @@ import pytest
 from tests.helpers.local import LocalEngine
 from tpserve.engine.config import EngineConfig
 from tpserve.engine.sampling_params import SamplingParams
-from tpserve.model.network import FusedNetwork
+from tpserve.model.fused_network import FusedNetwork
 
 
 class Improvable:

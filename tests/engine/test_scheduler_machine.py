@@ -17,8 +17,9 @@ from tpserve.engine.step import StepPlan, StepResult
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    @initialize(overlap=st.booleans(), drafts=st.sampled_from([0, 0, 3]), chunks=st.booleans(), caching=st.booleans())
-    def start(self, overlap: bool, drafts: int, chunks: bool, caching: bool) -> None:
+    @initialize(overlap=st.booleans(), drafts=st.sampled_from([0, 0, 3]), chunks=st.booleans(), caching=st.booleans(),
+                steps=st.sampled_from([1, 1, 3, 9]))  # fmt: skip
+    def start(self, overlap: bool, drafts: int, chunks: bool, caching: bool, steps: int) -> None:
         changes: dict[str, Any] = {} if chunks else {"enable_chunked_prefill": False, "max_num_batched_tokens": MAX_LEN}
         config = make_config(
             async_scheduling=overlap, num_speculative_tokens=drafts, enable_prefix_caching=caching,
@@ -26,8 +27,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         )  # fmt: skip
         self.limit = config.max_num_batched_tokens if chunks else MAX_LEN + MAX_SEQS
         self.caching = caching
-        self.scheduler = Scheduler(BlockPool(BLOCKS, caching=caching), config)
-        self.follower = Scheduler(BlockPool(BLOCKS, caching=caching), config)  # another rank
+        self.scheduler = Scheduler(BlockPool(BLOCKS, caching=caching), config, steps)
+        self.follower = Scheduler(BlockPool(BLOCKS, caching=caching), config, steps)  # another rank
         self.device = FakeDevice()
         self.under_way: list[tuple[StepPlan, StepPlan, StepResult]] = []
         self.expected: dict[tuple[str, int], list[int]] = {}
@@ -149,7 +150,10 @@ def view(plan: StepPlan) -> list[Any]:
         return seq.request_id, seq.index, seq.row
 
     return [
-        [(name(e.seq), e.start, e.num_query_tokens, [name(s) for s in e.samples], e.drafts) for e in plan.entries],
+        [
+            (name(e.seq), e.start, e.num_query_tokens, [name(s) for s in e.samples], e.drafts, e.num_steps)
+            for e in plan.entries
+        ],
         [(name(s), s.token_ids.copy(), s.block_table.copy()) for s in plan.loads],
         [(name(s), place, block) for s, place, block in plan.new_blocks],
         [(name(s), position, token) for s, position, token in plan.writes],

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from tests.gpu.test_network import BLOCK, BLOCKS, MAX_LEN, ROWS, STEPS, Driver, llama
+from tpserve.model.fused_network import FusedNetwork
 from tpserve.model.kv_cache import PagedKVCache
 from tpserve.model.llama import Llama
-from tpserve.model.network import FusedNetwork, PlainNetwork
+from tpserve.model.network import PlainNetwork
 from tpserve.model.parallel import TensorParallel
 from tpserve.model.quantized import Float8Linear, Int4Linear, Int8Linear, quantize
 

@@ -11,9 +11,10 @@ import torch
 from tests.gpu.conftest import SEED
 from tpserve.model.args import ModelArgs
 from tpserve.model.attention import SequenceSlice
+from tpserve.model.fused_network import FusedNetwork
 from tpserve.model.kv_cache import PagedKVCache
 from tpserve.model.llama import Llama
-from tpserve.model.network import FusedNetwork, Network, PlainNetwork, StepInputs
+from tpserve.model.network import Network, PlainNetwork, StepInputs
 from tpserve.model.parallel import TensorParallel
 from tpserve.model.rope import rope_table
 

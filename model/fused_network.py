@@ -1,0 +1,126 @@
+"""The step as fused kernels and CUDA graphs: bfloat16 on Hopper GPUs; see `network.py`.
+
+Shape suffixes: T tokens of the step, R rows of the batch state, L positions, B blocks of a table, N rows whose logits
+are asked for, V vocabulary, P chunks of prompts.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING
+
+import torch
+
+from tpserve.model.decoder import FusedDecoder
+from tpserve.model.kv_cache import PagedKVCache
+from tpserve.model.llama import Llama
+from tpserve.model.parallel import TensorParallel
+from tpserve.model.quantized import has_integers
+from tpserve.model.sampling import draw_greedy
+
+if TYPE_CHECKING:
+    from tpserve.model.chunk_graphs import ChunkGraphs
+    from tpserve.model.network import StepInputs
+
+_MAX_SHARED_ROWS = 8192  # of a step whose rows move while products are made
+
+logger = logging.getLogger(__name__)
+
+
+class FusedNetwork:
+    """Graphs and fused kernels over the same weights.
+
+    Args:
+        model, cache, tokens_RL, tables_RB: as for `PlainNetwork`.
+        tp: this rank's place.
+        max_num_seqs: the largest batch that decodes.
+        graphs: whether to capture graphs; without, the same kernels are launched one by one.
+        max_num_tokens: of a step.
+    """
+
+    lone_step_s = None
+
+    def __init__(
+        self,
+        model: Llama,
+        cache: PagedKVCache,
+        tokens_RL: torch.Tensor,
+        tables_RB: torch.Tensor,
+        tp: TensorParallel,
+        *,
+        max_num_seqs: int,
+        graphs: bool,
+        max_num_tokens: int = _MAX_SHARED_ROWS,
+    ) -> None:
+        from tpserve.model.chunk_graphs import BUCKETS, ChunkGraphs  # these need Triton
+        from tpserve.model.fused_forward import Chunks, FusedForward
+        from tpserve.model.kernels.row_exchange import RowExchange
+        from tpserve.model.residual import MIN_DEALT_ROWS
+        from tpserve.model.share_exchange import ShareExchange
+
+        self._tokens_RL, self._chunks, self._tp = tokens_RL, Chunks, tp
+        weight = model.output.weight
+        few = RowExchange.make(tp, BUCKETS[-1], model.args.dim, weight.dtype, weight.device)
+        many = None
+        # Integers are widened for each product anew, and rows that come part by part take several.
+        if max_num_tokens > MIN_DEALT_ROWS and not has_integers(model):
+            shared = min(max_num_tokens, _MAX_SHARED_ROWS)
+            many = ShareExchange.make(tp, shared, model.args.dim, weight.dtype, weight.device)
+        self._decoder = FusedDecoder(model, cache, tp, tokens_RL, tables_RB, max_num_seqs=max_num_seqs)
+        self._forward = FusedForward(model, self._decoder.step.layers, cache, tp, tables_RB, few, many)
+        self._chunk_graphs = ChunkGraphs(self._forward, tokens_RL, model.args.vocab_size)
+        self._to_capture: list[FusedDecoder | ChunkGraphs] = [self._decoder, self._chunk_graphs] if graphs else []
+
+    def __call__(self, inputs: StepInputs) -> torch.Tensor:
+        """See `Network`."""
+        rows_T, positions_T, decoder = inputs.rows_T, inputs.positions_T, self._decoder
+        if inputs.chunks_3P is None and decoder.fits(len(rows_T)):
+            logits_TV = decoder(rows_T, positions_T)
+            return logits_TV if inputs.logits_rows_N is None else logits_TV[inputs.logits_rows_N]
+        chunks, graphs = None, self._chunk_graphs
+        if inputs.chunks_3P is not None:
+            parts = len(inputs.decode_lens) + len(inputs.prefills)
+            num_logits = len(rows_T) if inputs.logits_rows_N is None else len(inputs.logits_rows_N)
+            if graphs.fits(len(rows_T), parts, num_logits):
+                return graphs(rows_T, positions_T, len(inputs.decode_lens), inputs.chunks_3P, inputs.logits_rows_N)
+            rows, starts, contexts = inputs.chunks_3P
+            chunks = self._chunks(rows[:-1], starts, contexts[:-1])
+        return self._forward(
+            self._tokens_RL[rows_T, positions_T], rows_T, positions_T, len(inputs.decode_lens), chunks,
+            inputs.logits_rows_N,
+        )  # fmt: skip
+
+    def draw_greedy(self, logits_NV: torch.Tensor, rows_N: torch.Tensor, positions_N: torch.Tensor) -> torch.Tensor:
+        """See `Network`."""
+        return draw_greedy(logits_NV, rows_N, positions_N, self._tokens_RL)
+
+    def warm_up(self) -> None:
+        """Compiles every kernel; graphs are captured between the steps (`improve`)."""
+        from tpserve.model.kernels.precompile import compiled_together
+
+        started_s = time.monotonic()
+        with compiled_together(self._tokens_RL.device, self._tp):
+            self._forward.compile()
+            self._decoder.enqueue_all()
+            self._chunk_graphs.enqueue(self._chunk_graphs.missing[0])
+        self._forward.compile()
+        logger.info("compiled kernels in %.1f s", time.monotonic() - started_s)
+
+    @property
+    def improvable(self) -> bool:
+        """See `Network`."""
+        return bool(self._to_capture)
+
+    def improve(self, idle: bool) -> None:
+        """Captures one graph: of the last step that found none, else, when idle, the largest missing one."""
+        wanted = [graphs for graphs in self._to_capture if graphs.wanted is not None]
+        for graphs in (wanted or self._to_capture if idle else wanted)[:1]:
+            graphs.capture(graphs.missing[-1] if graphs.wanted is None else graphs.wanted)
+        self._to_capture = [graphs for graphs in self._to_capture if graphs.missing]
+
+    def close(self) -> None:
+        """Drops the graphs: NCCL's end waits for those that hold its kernels."""
+        self._to_capture = []
+        self._decoder.close()
+        self._chunk_graphs.close()
