@@ -25,6 +25,7 @@ from torch import nn
 from tpserve.model.huge_pages import stacked
 from tpserve.model.kv_cache import PagedKVCache
 from tpserve.model.llama import Llama, TransformerBlock
+from tpserve.model.onednn import OneDnnLinear
 from tpserve.model.quantized import Float8Linear, Int8Linear
 
 _OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
@@ -149,7 +150,7 @@ class CompiledDecoder:
         return (
             weight.device.type == "cpu"
             and weight.dtype in (torch.float32, torch.bfloat16)
-            and kinds in ({nn.Linear}, {Int8Linear}, {Float8Linear})
+            and (kinds in ({Int8Linear}, {Float8Linear}) or kinds <= {nn.Linear, OneDnnLinear})
             and max_blocks > 1
             and any(shutil.which(compiler) for compiler in (os.environ.get("CXX", "g++"), "g++", "clang++"))
         )

@@ -26,6 +26,7 @@ from tpserve.model.fused_network import FusedNetwork
 from tpserve.model.huge_pages import consolidate
 from tpserve.model.kv_cache import PagedKVCache
 from tpserve.model.llama import Llama
+from tpserve.model.onednn import use_onednn
 from tpserve.model.parallel import TensorParallel
 from tpserve.model.quantized import weight_bytes
 from tpserve.model.sampling import draw_greedy
@@ -211,6 +212,7 @@ def choose_network(
     large = weight_bytes(model) >= WORTH_COMPILING_BYTES
     if large and tokens_RL.device.type == "cpu":
         consolidate(model)
+        use_onednn(model)
     if fused and graphs and large and tp.size == 1 and CompiledDecoder.supports(model, tables_RB.shape[1]):
         return CompiledNetwork(model, cache, tokens_RL, tables_RB)
     return PlainNetwork(model, cache, tokens_RL, tables_RB)
