@@ -1,8 +1,8 @@
 """torchrun's ranks as forks of it: what takes a process seconds to import is imported once, and lies in memory once.
 
 A rank that is forked goes by the command line that it would have been started with, and by its number. The threads of
-torchrun, which the rank does not get, work for its store alone. Not with CUDA: torchrun looks how many GPUs there are,
-and whoever has done that cannot fork processes that use them.
+torchrun, which the rank does not get, work for its store alone. torchrun looks for GPUs and is told to ask NVML, for
+whoever has asked CUDA cannot fork processes that use it.
 """
 
 from __future__ import annotations
@@ -24,11 +24,21 @@ from tpserve.engine.process import go_by
 
 NAME = "tpserve-rank"  # and its number: what `top` and /proc/PID/comm say
 _POLL_S = 0.02
+_BY_NVML = "PYTORCH_NVML_BASED_CUDA_CHECK"  # torch's: how it looks for GPUs
 
 
 def may_fork_ranks() -> bool:
-    """Whether ranks can be forks here: on Linux, without GPUs that they might use. torchrun asks the same of CUDA."""
-    return sys.platform.startswith("linux") and not torch.cuda.is_available()
+    """Whether ranks can be forks here: on Linux, unless torch could not but ask CUDA for GPUs. A fork is asked."""
+    if not sys.platform.startswith("linux"):
+        return False
+    os.environ.setdefault(_BY_NVML, "1")
+    torch.cuda.is_available()  # as torchrun is going to
+    if (pid := os.fork()) == 0:
+        os._exit(torch.cuda._is_in_bad_fork())
+    may = os.waitpid(pid, 0)[1] == 0
+    if not may:
+        del os.environ[_BY_NVML]
+    return may
 
 
 def fork_ranks() -> None:
@@ -97,6 +107,7 @@ def _become(command: list[str], env: dict[str, str]) -> NoReturn:
                 signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # the store's
         os.environ.update(env)
+        os.environ.pop(_BY_NVML, None)  # a rank looks closer
         go_by(command)
         torch.multiprocessing._set_thread_name(f"{NAME}{env['RANK']}")
         sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]

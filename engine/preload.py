@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tpserve.engine.config import EngineConfig
 
+_NVIDIA = Path("/dev/nvidiactl")
 # Imported where they are needed, for they need Triton.
 _WITH_TRITON = ("chunk_graphs", "decode_step", "fused_forward")
 
@@ -18,15 +19,20 @@ def preload_for_ranks() -> None:
     """Imports what every rank will import. Starts no thread and looks for no device: neither outlives a fork."""
     importlib.import_module("tpserve.engine.group")
     importlib.import_module("torch._dynamo")  # loading does, and the first collective
+    _preload_kernels()
 
 
 def preload(config: EngineConfig) -> None:
     """Imports the modules that the engine would import later on. No CUDA context is made: that would take memory."""
     importlib.import_module("torch._dynamo")  # where ranks are not forks
-    if config.device != "cpu" and Path("/dev/nvidiactl").exists():
-        if importlib.util.find_spec("triton") is not None:
-            for name in _WITH_TRITON:
-                importlib.import_module(f"tpserve.model.{name}")
+    if config.device != "cpu" and _NVIDIA.exists():
+        _preload_kernels()
     elif config.tensor_parallel_size == 1 and config.fused_kernels and config.cuda_graphs:
         with contextlib.suppress(ImportError):  # without a compiler's support nothing is compiled later either
             importlib.import_module("torch._inductor.compile_fx")
+
+
+def _preload_kernels() -> None:
+    if _NVIDIA.exists() and importlib.util.find_spec("triton") is not None:
+        for name in _WITH_TRITON:
+            importlib.import_module(f"tpserve.model.{name}")

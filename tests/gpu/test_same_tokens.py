@@ -1,0 +1,82 @@
+"""Of a trained model, the fused kernels and torch's own say the same, at every tensor-parallel size.
+
+Both multiply bfloat16 and add in float32, but not in the same order, and where two tokens are as probable as bfloat16
+can tell either may come. So answers are the same up to such a place, if there is one.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers.requests import Collected
+from tpserve.convert.convert import convert
+from tpserve.engine.client import EngineClient
+from tpserve.engine.config import EngineConfig
+from tpserve.engine.protocol import TopLogprobs
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU"),
+]
+DEMO = Path(__file__).parents[2] / "model_store" / "demo"
+PROMPTS, TOKENS = 64, 200
+NEAR = 0.05  # nats between the two most probable tokens; bfloat16 has 8 bits, and logits are up to some 20
+
+Said = tuple[list[int], list[TopLogprobs]]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return convert(DEMO, tmp_path_factory.mktemp("same") / "demo", progress=False)
+
+
+def tell(checkpoint: Path, tp: int, prompts: list[list[int]] | None, **how: bool) -> tuple[list[list[int]], list[Said]]:
+    """Greedy answers, one at a time and all together; without prompts, some are drawn first."""
+    config = EngineConfig(
+        checkpoint_dir=str(checkpoint), device="cuda", tensor_parallel_size=tp, dtype="bfloat16", max_seq_len=512,
+        max_num_seqs=PROMPTS, enable_prefix_caching=False, standby=False, **how,  # type: ignore[arg-type]
+    )  # fmt: skip
+    client = EngineClient(config)
+    try:
+        client.start()
+        if prompts is None:
+            openings = [
+                Collected(client, [1], max_new_tokens=4 + i % 60, temperature=1.0, seed=i, ignore_eos=True)
+                for i in range(PROMPTS)
+            ]
+            prompts = [[1, *opening.wait()] for opening in openings]
+        said = []
+        for few in [[prompt] for prompt in prompts[:16]] + [prompts]:
+            streams = [Collected(client, prompt, max_new_tokens=TOKENS, logprobs=2) for prompt in few]
+            said += [(stream.wait(), stream.top_logprobs) for stream in streams]
+        return prompts, said
+    finally:
+        client.close()
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_fused_kernels_say_what_plain_ones_say(checkpoint: Path, tp: int) -> None:
+    if torch.cuda.device_count() < tp:
+        pytest.skip(f"{tp} GPUs needed, {torch.cuda.device_count()} here")
+    prompts, plain = tell(checkpoint, tp, None, fused_kernels=False)
+    _, fused = tell(checkpoint, tp, prompts)
+    margins = []
+    for (expected, tops), (got, _) in zip(plain, fused, strict=True):
+        if got != expected:
+            place = next((i for i, (a, b) in enumerate(zip(expected, got, strict=False)) if a != b), None)
+            assert place is not None, "one ended, and the other went on"
+            (_, first), (second, logprob) = tops[place]
+            assert got[place] == second, "neither of the two most probable tokens"
+            margins.append(first - logprob)
+    same = 1 - len(margins) / len(plain)
+    tokens = sum(len(ids) for ids, _ in plain)
+    logging.getLogger(__name__).warning(
+        "TP %d: %d answers, %d tokens; %.3f the same; margins where others part: %s",
+        tp, len(plain), tokens, same, [round(margin, 4) for margin in sorted(margins)],
+    )  # fmt: skip
+    assert max(margins, default=0.0) < NEAR
+    assert same >= 0.9
