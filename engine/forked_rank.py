@@ -1,8 +1,8 @@
 """torchrun's ranks as forks of it: what takes a process seconds to import is imported once, and lies in memory once.
 
 A rank that is forked goes by the command line that it would have been started with, and by its number. The threads of
-torchrun, which the rank does not get, work for its store alone. torchrun looks for GPUs and is told to ask NVML, for
-whoever has asked CUDA cannot fork processes that use it.
+torchrun, which the rank does not get, work for its store alone. torchrun looks for GPUs, only to find none of its own
+business; it is told that there are none, for whoever has asked CUDA cannot fork processes that use it.
 """
 
 from __future__ import annotations
@@ -24,26 +24,22 @@ from tpserve.engine.process import go_by
 
 NAME = "tpserve-rank"  # and its number: what `top` and /proc/PID/comm say
 _POLL_S = 0.02
-_BY_NVML = "PYTORCH_NVML_BASED_CUDA_CHECK"  # torch's: how it looks for GPUs
+_sees_gpus = torch.cuda.is_available
 
 
 def may_fork_ranks() -> bool:
-    """Whether ranks can be forks here: on Linux, unless torch could not but ask CUDA for GPUs. A fork is asked."""
+    """Whether ranks can be forks here: on Linux, unless importing has asked CUDA for GPUs. A fork is asked."""
     if not sys.platform.startswith("linux"):
         return False
-    os.environ.setdefault(_BY_NVML, "1")
-    torch.cuda.is_available()  # as torchrun is going to
     if (pid := os.fork()) == 0:
         os._exit(torch.cuda._is_in_bad_fork())
-    may = os.waitpid(pid, 0)[1] == 0
-    if not may:
-        del os.environ[_BY_NVML]
-    return may
+    return os.waitpid(pid, 0)[1] == 0
 
 
 def fork_ranks() -> None:
     """The `torchrun` that this process is about to become forks its ranks, which must be modules of Python."""
     api.get_subprocess_handler = _Handler  # type: ignore[assignment, attr-defined]  # the one place that starts them
+    torch.cuda.is_available = lambda: False
 
 
 class _Forked:
@@ -107,7 +103,7 @@ def _become(command: list[str], env: dict[str, str]) -> NoReturn:
                 signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # the store's
         os.environ.update(env)
-        os.environ.pop(_BY_NVML, None)  # a rank looks closer
+        torch.cuda.is_available = _sees_gpus
         go_by(command)
         torch.multiprocessing._set_thread_name(f"{NAME}{env['RANK']}")
         sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]

@@ -28,8 +28,8 @@ if __name__ == "__main__":
         arguments = ["--master-addr", "127.0.0.1", "--master-port", str(listen_on_loopback()), *arguments]
     elif where != "elsewhere":
         listen_on(socket.socket(fileno=int(where)))
+    preload_for_ranks()
     if may_fork_ranks():
-        preload_for_ranks()
         fork_ranks()
     gc.freeze()
     gc.enable()

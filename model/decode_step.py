@@ -16,6 +16,7 @@ import dataclasses
 import torch
 import torch.distributed as dist
 
+from tpserve.model.head import head_product
 from tpserve.model.kernels import linear, norm, pointwise
 from tpserve.model.kernels.all_reduce import WordExchange
 from tpserve.model.kernels.mixed import matmul
@@ -107,7 +108,7 @@ class DecodeStep:
         sums = zeros(rows * (args.dim // 4), dtype=torch.float32)
         residual_SD = zeros(rows, args.dim, dtype=torch.float32)
         self._q_SHE, self._attended_SHE, self._act_SF = zeros(rows, h, e), zeros(rows, h, e), zeros(rows, f)
-        self._wide = zeros(rows * max(first.wqkv_ND.shape[0], 2 * f, self._head_VD.shape[0]))
+        self._wide = zeros(rows * max(first.wqkv_ND.shape[0], 2 * f))
         words = 8 * args.dim * max(1, tp.size - 1)
         self._max_word_rows = min(MAX_WORD_ROWS, max(linear.MAX_ROWS, MAX_WORD_BYTES // words))
         self._rows = RowExchange.make(tp, rows, args.dim, dtype, device) if largest > self._max_word_rows else None
@@ -241,7 +242,9 @@ class DecodeStep:
                 self._normed, parts, self._head_VD, out, s, self.tiles[s].head, words, first, index, pdl=self._pdl
             )
         else:
-            pointwise.scale(self._multiply(self._head_VD, s), self._normed, parts, out[:s], pdl=self._pdl)
+            head_product(self._normed.x_SD[:s], self._head_VD.q, out[:s])
+            if parts:  # else these rows are divided by their norm already
+                pointwise.scale(out[:s], self._normed, parts, out[:s], pdl=self._pdl)
         if words is not None:
             words.gather(self.logits_SV[:s], index, pdl=self._pdl)
             return

@@ -28,7 +28,6 @@ from tpserve.model.kernels.rope import rope_and_write
 from tpserve.model.kernels.row_exchange import RowExchange
 from tpserve.model.kv_cache import PagedKVCache
 from tpserve.model.llama import Llama
-from tpserve.model.matrix import Matrix
 from tpserve.model.parallel import TensorParallel
 from tpserve.model.residual import MIN_DEALT_ROWS, residual_stream
 from tpserve.model.share_exchange import ShareExchange
@@ -133,7 +132,7 @@ class FusedForward:
             act_TF = wide_TN.new_empty(len(wide_TN), wide_TN.shape[1] // 2)
             pointwise.silu_mul(wide_TN, act_TF)
             stream.add(act_TF, layer.w2_DF, gains[i])
-        return model.gather(stream.times(Matrix(model.output.weight))).float()
+        return model.gather(stream.logits(model.output.weight))
 
     @torch.no_grad()
     def compile(self) -> None:

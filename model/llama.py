@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tpserve.model.args import ModelArgs
+from tpserve.model.head import head_product
 from tpserve.model.rope import apply_rope, rope_table
 
 
@@ -141,4 +142,7 @@ class Llama(nn.Module):
             h_TD = block(h_TD, rope_TC2, attend)
         if rows_N is not None:
             h_TD = h_TD[rows_N]
-        return self.gather(self.output(self.norm(h_TD))).float()
+        x_TD = self.norm(h_TD)
+        halves = x_TD.is_cuda and x_TD.dtype != torch.float32
+        logits_TV = head_product(x_TD, self.output.weight) if halves else self.output(x_TD)
+        return self.gather(logits_TV).float()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
+from tpserve.model.head import head_product
 from tpserve.model.kernels import rows
 from tpserve.model.kernels.mixed import matmul
 from tpserve.model.kernels.row_exchange import RowExchange
@@ -41,6 +42,10 @@ class Residual:
     def times(self, w_ND: Matrix) -> torch.Tensor:
         """The normed rows times wᵀ, [T, N]."""
         return matmul(self._x_TD, w_ND)
+
+    def logits(self, head_VD: torch.Tensor) -> torch.Tensor:
+        """The normed rows times the head's wᵀ, float32 [T, V]."""
+        return head_product(self._x_TD, head_VD)
 
     def add(self, y_TN: torch.Tensor, w_DN: Matrix, gain_D: torch.Tensor) -> None:
         """Adds the sum over ranks of y · wᵀ, and makes the next norm."""
@@ -142,6 +147,10 @@ class OverlappedResidual(DealtResidual):
     def times(self, w_ND: Matrix) -> torch.Tensor:
         """See `Residual`."""
         return self._exchange.times(w_ND, self._share, self._num_rows)
+
+    def logits(self, head_VD: torch.Tensor) -> torch.Tensor:
+        """See `Residual`; rounded on the way, but so many rows are seldom all asked for."""
+        return self.times(Matrix(head_VD)).float()
 
     def add(self, y_TN: torch.Tensor, w_DN: Matrix, gain_D: torch.Tensor) -> None:
         """See `Residual`."""
