@@ -1,6 +1,6 @@
 """The head's product, whose sums stay float32.
 
-As bfloat16, logits between 16 and 32 would be multiples of 1/8: some of the most probable tokens would be equal that are
+As bfloat16, logits from 16 to 32 would be multiples of 1/8: some of the most probable tokens would be equal that are
 not, and a greedy choice among them one by number.
 """
 
