@@ -7,23 +7,29 @@ business; it is told that there are none, for whoever has asked CUDA cannot fork
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
+import re
 import runpy
 import signal
 import subprocess
 import sys
 import time
 import traceback
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from torch.distributed.elastic.multiprocessing import api
 
+from tpserve.engine.preload import NVIDIA
 from tpserve.engine.process import go_by
 
 NAME = "tpserve-rank"  # and its number: what `top` and /proc/PID/comm say
 _POLL_S = 0.02
+_MADV_POPULATE_WRITE = 23  # asm-generic/mman-common.h
+_MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S+) ")  # proc_pid_smaps(5)
 _sees_gpus = torch.cuda.is_available
 
 
@@ -40,6 +46,21 @@ def fork_ranks() -> None:
     """The `torchrun` that this process is about to become forks its ranks, which must be modules of Python."""
     api.get_subprocess_handler = _Handler  # type: ignore[assignment, attr-defined]  # the one place that starts them
     torch.cuda.is_available = lambda: False
+
+
+def own_pages() -> None:
+    """Copies the memory that this fork shares with its parent, lest its first write to each page wait for that: 0.2 s
+    and 220 MB after importing torch. Linux 5.14; before, nothing.
+    """
+    madvise = ctypes.CDLL(None).madvise
+    start = end = 0
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if mapping := _MAPPING.match(line):
+            start, end = (int(address, 16) for address in mapping.groups()[:2])
+            writable = mapping[3] == "rw-p"
+        elif line.startswith("Rss:") and writable and 2 * 1024 * int(line.split()[1]) >= end - start:
+            # Of others most is reserved, and never was written to.
+            madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_POPULATE_WRITE)
 
 
 class _Forked:
@@ -104,6 +125,8 @@ def _become(command: list[str], env: dict[str, str]) -> NoReturn:
         os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # the store's
         os.environ.update(env)
         torch.cuda.is_available = _sees_gpus
+        if NVIDIA.exists():  # else processors compute, and sharing is worth more
+            own_pages()
         go_by(command)
         torch.multiprocessing._set_thread_name(f"{NAME}{env['RANK']}")
         sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tpserve.engine.config import EngineConfig
 
-_NVIDIA = Path("/dev/nvidiactl")
+NVIDIA = Path("/dev/nvidiactl")
 # Imported where they are needed, for they need Triton.
 _WITH_TRITON = ("chunk_graphs", "decode_step", "fused_forward")
 
@@ -25,7 +25,7 @@ def preload_for_ranks() -> None:
 def preload(config: EngineConfig) -> None:
     """Imports the modules that the engine would import later on. No CUDA context is made: that would take memory."""
     importlib.import_module("torch._dynamo")  # where ranks are not forks
-    if config.device != "cpu" and _NVIDIA.exists():
+    if config.device != "cpu" and NVIDIA.exists():
         _preload_kernels()
     elif config.tensor_parallel_size == 1 and config.fused_kernels and config.cuda_graphs:
         with contextlib.suppress(ImportError):  # without a compiler's support nothing is compiled later either
@@ -33,6 +33,6 @@ def preload(config: EngineConfig) -> None:
 
 
 def _preload_kernels() -> None:
-    if _NVIDIA.exists() and importlib.util.find_spec("triton") is not None:
+    if NVIDIA.exists() and importlib.util.find_spec("triton") is not None:
         for name in _WITH_TRITON:
             importlib.import_module(f"tpserve.model.{name}")

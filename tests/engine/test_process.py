@@ -140,3 +140,28 @@ def test_a_forked_rank_is_what_a_new_process_would_be() -> None:
     command = [sys.executable, "-c", FORKED, json.dumps(list(expected))]
     ran = subprocess.run(command, check=True, capture_output=True, text=True)
     assert ran.stdout.split() == [str(status) for status in expected.values()], ran.stderr
+
+
+OWNS = """
+import os, sys
+from tpserve.engine.forked_rank import own_pages
+data = bytearray(b"x") * (64 << 20)
+def faults():
+    return int(open("/proc/self/stat").read().rpartition(")")[2].split()[7])
+for owns in (False, True):
+    if (pid := os.fork()) == 0:
+        if owns:
+            own_pages()
+        before = faults()
+        data[::4096] = b"y" * (len(data) // 4096)
+        print(faults() - before, flush=True)
+        os._exit(0)
+    os.waitpid(pid, 0)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux for it")
+def test_a_fork_that_owns_its_pages_does_not_wait_for_them() -> None:
+    ran = subprocess.run([sys.executable, "-c", OWNS], check=True, capture_output=True, text=True)
+    shared, owned = (int(line) for line in ran.stdout.split())
+    assert owned < 50 < shared, ran.stdout
