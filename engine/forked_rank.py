@@ -37,6 +37,8 @@ def may_fork_ranks() -> bool:
     """Whether ranks can be forks here: on Linux, unless importing has asked CUDA for GPUs. A fork is asked."""
     if not sys.platform.startswith("linux"):
         return False
+    if not NVIDIA.exists():
+        return True
     if (pid := os.fork()) == 0:
         os._exit(torch.cuda._is_in_bad_fork())
     return os.waitpid(pid, 0)[1] == 0

@@ -25,6 +25,7 @@ from tpserve.engine.process import (
     command_line,
     descendants,
     environment_without_torchrun,
+    is_running,
     is_stopped,
     kill_all,
     members_of_sessions,
@@ -90,8 +91,8 @@ class RankGroup:
 
     @property
     def pids(self) -> list[int]:
-        """torchrun and everything below it, also what has lost its parent since it was last asked."""
-        self._seen.update(descendants(self._process.pid))
+        """torchrun and everything below it, also what has lost its parent since it was last asked, and still runs."""
+        self._seen = {pid for pid in self._seen if is_running(pid)}.union(descendants(self._process.pid))
         return [self._process.pid, *sorted(self._seen)]
 
     @property
