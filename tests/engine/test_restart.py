@@ -41,9 +41,9 @@ def test_streams_outlive_a_rank(tiny_config: EngineConfig) -> None:
     try:
         client.start()
         expected = [Collected(client, [3 + i], **LONG, seed=i).wait() for i in range(3)]
+        until(lambda: len(client.standby_pids) == 3)
         streams = [Collected(client, [3 + i], **LONG, seed=i) for i in range(3)]
         streams[0].wait_tokens(20)
-        until(lambda: len(client.standby_pids) == 3)
         pids, standby = client.pids, client.standby_pids
         assert len(client.rank_pids) == 2
         os.kill(client.rank_pids[1], signal.SIGKILL)
