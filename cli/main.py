@@ -235,13 +235,16 @@ def _join_repeated(arguments: list[str], name: str) -> list[str]:
     return [*rest, f"--{name}={','.join(values)}"] if values else rest
 
 
-# A word that names a file or folder, without one behind it, is to fire a switch that is on.
-_PATHS = ("checkpoint", "ckpt_dir", "out_dir", "from", "to", "tokenizer_path", "against", "key_file", "alive_file")
+# One of these without a value behind it is to fire a switch that is on, and True a file's name or a number of ranks.
+_WANT_A_VALUE = (
+    "checkpoint", "ckpt_dir", "out_dir", "from", "to", "tokenizer_path", "against", "key_file", "alive_file",
+    "api_key_file", "ssl_certfile", "ssl_keyfile", "ssl_ca_certs", "tp", "tensor_parallel_size", "host", "port",
+)  # fmt: skip
 
 
-def _refuse_missing_paths(arguments: list[str]) -> None:
+def _refuse_missing_values(arguments: list[str]) -> None:
     for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
-        if argument.startswith("--") and argument[2:].replace("-", "_") in _PATHS and following.startswith("--"):
+        if argument.startswith("--") and argument[2:].replace("-", "_") in _WANT_A_VALUE and following.startswith("--"):
             raise ConfigError(f"{argument} needs a value behind it")
 
 
@@ -273,7 +276,7 @@ def main() -> None:
             "chat": chat,
         }
         arguments = _join_repeated(sys.argv[1:], "api_key")
-        _refuse_missing_paths(arguments)
+        _refuse_missing_values(arguments)
         if arguments[:1] == ["convert"]:
             from tpserve.convert.__main__ import with_old_names
 

@@ -15,6 +15,8 @@ import pytest
         (["verify", "folder", "--against"], "--against"),
         (["convert", "--from", "--to", "folder"], "--from"),
         (["node", "host:1", "--key-file"], "--key-file"),
+        (["serve", "--checkpoint", "folder", "--tp"], "--tp"),
+        (["serve", "--ssl-keyfile", "--port", "1"], "--ssl-keyfile"),
     ],
 )
 def test_an_option_whose_value_was_forgotten_is_said_to_lack_it(arguments: list[str], option: str) -> None:
