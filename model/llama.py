@@ -35,7 +35,7 @@ def identity(x: torch.Tensor) -> torch.Tensor:
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square normalisation in float32 (Zhang and Sennrich, 2019)."""
+    """Root-mean-square normalisation in float32 (Zhang and Sennrich, 2019); gives the weight's type."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
         x = x_TD.float()
-        return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)).type_as(x_TD) * self.weight
+        return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight).type_as(self.weight)
 
 
 class Attention(nn.Module):
@@ -136,7 +136,7 @@ class Llama(nn.Module):
         Returns:
             float32 logits [N, V] (or [T, V]), the same on every rank.
         """
-        h_TD = self.tok_embeddings(tokens_T)
+        h_TD = self.tok_embeddings(tokens_T).float()  # rounded after each of its additions, it would lose the last ones
         rope_TC2 = self.rope_PC2[positions_T]
         for block in self.layers:
             h_TD = block(h_TD, rope_TC2, attend)
