@@ -7,6 +7,7 @@ from typing import Any
 
 import fire
 
+from tpserve.cli.arguments import join_repeated, refuse_missing_values
 from tpserve.cli.chat import chat
 from tpserve.cli.run import run
 from tpserve.engine.errors import ConfigError, TpserveError
@@ -222,32 +223,6 @@ def torchserve(*arguments: str, **options: str) -> None:
     raise AssertionError("`main` takes its arguments as they are: fire would read them as its own")
 
 
-def _join_repeated(arguments: list[str], name: str) -> list[str]:
-    """The arguments with `--name a … --name b` as one `--name=a,b`: fire would keep the last."""
-    rest, values = [], []
-    left = iter(arguments)
-    for argument in left:
-        option, equals, value = argument.partition("=")
-        if option.replace("-", "_") == f"__{name}":
-            values.append(value if equals else next(left, ""))
-        else:
-            rest.append(argument)
-    return [*rest, f"--{name}={','.join(values)}"] if values else rest
-
-
-# One of these without a value behind it is to fire a switch that is on, and True a file's name or a number of ranks.
-_WANT_A_VALUE = (
-    "checkpoint", "ckpt_dir", "out_dir", "from", "to", "tokenizer_path", "against", "key_file", "alive_file",
-    "api_key_file", "ssl_certfile", "ssl_keyfile", "ssl_ca_certs", "tp", "tensor_parallel_size", "host", "port",
-)  # fmt: skip
-
-
-def _refuse_missing_values(arguments: list[str]) -> None:
-    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
-        if argument.startswith("--") and argument[2:].replace("-", "_") in _WANT_A_VALUE and following.startswith("--"):
-            raise ConfigError(f"{argument} needs a value behind it")
-
-
 def main() -> None:
     """Entry point of the `tpserve` command."""
     from tpserve.convert.errors import ConvertError
@@ -275,8 +250,8 @@ def main() -> None:
             "run": run,
             "chat": chat,
         }
-        arguments = _join_repeated(sys.argv[1:], "api_key")
-        _refuse_missing_values(arguments)
+        arguments = join_repeated(sys.argv[1:], "api_key")
+        refuse_missing_values(arguments)
         if arguments[:1] == ["convert"]:
             from tpserve.convert.__main__ import with_old_names
 
