@@ -1,8 +1,9 @@
 """torchrun's ranks as forks of it: what takes a process seconds to import is imported once, and lies in memory once.
 
 A rank that is forked goes by the command line that it would have been started with, and by its number. The threads of
-torchrun, which the rank does not get, work for its store alone. torchrun looks for GPUs, only to find none of its own
-business; it is told that there are none, for whoever has asked CUDA cannot fork processes that use it.
+torchrun, which the rank does not get, work for its store alone. torchrun asks whether there are GPUs, to bind ranks to
+the processors beside them, which it is not told to do. It hears that there are none: whoever has asked CUDA cannot
+fork processes that use it.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def may_fork_ranks() -> bool:
     """Whether ranks can be forks here: on Linux, unless importing has asked CUDA for GPUs. A fork is asked."""
     if not sys.platform.startswith("linux"):
         return False
-    if not NVIDIA.exists():
+    if not torch.backends.cuda.is_built():
         return True
     if (pid := os.fork()) == 0:
         os._exit(torch.cuda._is_in_bad_fork())
