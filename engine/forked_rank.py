@@ -38,7 +38,7 @@ def may_fork_ranks() -> bool:
     """Whether ranks can be forks here: on Linux, unless importing has asked CUDA for GPUs. A fork is asked."""
     if not sys.platform.startswith("linux"):
         return False
-    if not torch.backends.cuda.is_built():
+    if not torch.backends.cuda.is_built():  # type: ignore[no-untyped-call]
         return True
     if (pid := os.fork()) == 0:
         os._exit(torch.cuda._is_in_bad_fork())
