@@ -25,7 +25,8 @@ class Sequence:
     Attributes:
         request_id, index: the client's name for the request, and which of its answers this is.
         token_ids: prompt and output, as far as the host knows them.
-        num_pending: tokens after `token_ids` that steps under way will sample; 2 between two steps, else 0 or 1.
+        num_pending: tokens after `token_ids` that the plans under way, at most two, will sample: one each, or
+            `ScheduledSequence.num_steps`.
         num_prompt_tokens: how many came with the request.
         num_cached_tokens: prompt tokens that the prefix cache had.
         params: how tokens are chosen; `params.seed` is the request's.
