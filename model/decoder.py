@@ -18,6 +18,7 @@ from tpserve.model import kernels
 from tpserve.model.kv_cache import PagedKVCache
 from tpserve.model.llama import Llama
 from tpserve.model.parallel import TensorParallel
+from tpserve.model.quantized import is_quantized
 
 
 class FusedDecoder:
@@ -63,13 +64,14 @@ class FusedDecoder:
 
     @staticmethod
     def supports(model: Llama, device: torch.device) -> bool:
-        """Whether this model decodes so: bfloat16, Triton, and a GPU of compute capability 9.0 (early launches)."""
+        """Whether this model decodes so: Triton, and a GPU of compute capability 9.0 (early launches); with fewer bits,
+        bfloat16."""
         weight, args = model.output.weight, model.args
         return (
             importlib.util.find_spec("triton") is not None
             and device.type == "cuda"
             and torch.cuda.get_device_capability(device) >= (9, 0)
-            and weight.dtype == torch.bfloat16
+            and (weight.dtype == torch.bfloat16 or not is_quantized(model))
             and args.dim % 64 == 0
             and args.head_dim % 16 == 0
             and kernels.supports(device, weight.dtype, args.n_heads, args.n_kv_heads, args.head_dim)

@@ -1,4 +1,4 @@
-"""The step as fused kernels and CUDA graphs: bfloat16 on Hopper GPUs; see `network.py`.
+"""The step as fused kernels and CUDA graphs on Hopper GPUs; see `network.py`.
 
 Shape suffixes: T tokens of the step, R rows of the batch state, L positions, B blocks of a table, N rows whose logits
 are asked for, V vocabulary, P chunks of prompts.

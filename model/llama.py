@@ -143,6 +143,5 @@ class Llama(nn.Module):
         if rows_N is not None:
             h_TD = h_TD[rows_N]
         x_TD = self.norm(h_TD)
-        halves = x_TD.is_cuda and x_TD.dtype != torch.float32
-        logits_TV = head_product(x_TD, self.output.weight) if halves else self.output(x_TD)
+        logits_TV = head_product(x_TD, self.output.weight) if x_TD.is_cuda else self.output(x_TD)
         return self.gather(logits_TV).float()

@@ -1,4 +1,4 @@
-"""A weight as the fused kernels read it: bfloat16, or with fewer bits and scales (`quantized_format.py`).
+"""A weight as the fused kernels read it: of 16 or 32 bits, or of fewer, with scales (`quantized_format.py`).
 
 Shape suffixes: N output and K input features, G groups of inputs.
 """
@@ -20,7 +20,7 @@ class Matrix:
     """A weight [N, K], of one linear layer or of several that read the same input, one below the other.
 
     Attributes:
-        q: bfloat16, int8 or float8_e4m3fn [N, K], or uint8 [N, K / 2].
+        q: bfloat16, float16, float32, int8 or float8_e4m3fn [N, K], or uint8 [N, K / 2].
         scale: float32 [N] or [G, N, 2]; None: q is the weight.
         group: 0: no scales; `ROW_SCALES`: one a row; otherwise the inputs that share a scale and a zero.
     """

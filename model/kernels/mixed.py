@@ -75,7 +75,7 @@ def matmul(x_TK: torch.Tensor, w: Matrix, out_TN: torch.Tensor | None = None) ->
     """x @ wᵀ.
 
     Args:
-        x_TK: bfloat16, contiguous.
+        x_TK: contiguous; with weights of fewer bits, bfloat16.
         w: the weight.
         out_TN: where to, contiguous; None: new memory.
     """

@@ -150,7 +150,7 @@ def _some_rows(
         else:
             w = tl.load(w_rows + kk[None, :], mask=kk[None, :] < DEPTH, other=0.0)
             x = tl.load(x_cols + kk[:, None], mask=kk[:, None] < DEPTH, other=0.0)
-        y = tl.dot(w, x, y)
+        y = tl.dot(w, x, y, input_precision="ieee")  # of float32; the others have no choice
     return y
 
 

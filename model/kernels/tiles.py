@@ -97,6 +97,8 @@ def choose_tiles(
 
     def of(weight: Matrix) -> Tiles:
         mib = layer_bytes / 2**20
+        if weight.q.dtype == torch.float32:
+            return _float32(s)
         if weight.scale is None:
             return _one(dim, mib) if s == 1 else _few(dim, mib)
         return _fewer_bits(weight.scheme, dim) if s == 1 else _few_of_fewer_bits(weight.scheme)
@@ -138,6 +140,12 @@ def _processors(device: torch.device) -> tuple[int, int]:
         return 132, 227 << 10
     properties = torch.cuda.get_device_properties(device)
     return properties.multi_processor_count, (227 if properties.major in (9, 10) else 99) << 10
+
+
+def _float32(s: int) -> Tiles:
+    """What fits, not what was fastest: no tensor core multiplies these."""
+    tile = Tile(8, 512, 4, 3) if s == 1 else Tile(32, 64, 4, 3)
+    return Tiles(tile, tile, tile, tile, tile)
 
 
 def _fewer_bits(scheme: str, dim: int) -> Tiles:

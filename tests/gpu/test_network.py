@@ -1,4 +1,4 @@
-"""The fused network beside the plain one: as near to float32 as bfloat16 is anyhow, in mixed steps and in graphs."""
+"""The fused network beside the plain one: as near to float32 as 16 bits are anyhow, in mixed steps and in graphs."""
 
 from __future__ import annotations
 
@@ -111,17 +111,29 @@ STEPS = [
 ]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("dim", "heads", "kv_heads"), SHAPES)
-def test_fused_is_as_near_to_float32_as_plain(dim: int, heads: int, kv_heads: int) -> None:
+def test_fused_is_as_near_to_float32_as_plain(dim: int, heads: int, kv_heads: int, dtype: torch.dtype) -> None:
     model = llama(dim, heads, kv_heads)
-    exact, plain = Driver(model, torch.float32, False), Driver(model, torch.bfloat16, False)
-    fused = Driver(model, torch.bfloat16, True)
+    exact, plain = Driver(model, torch.float32, False), Driver(model, dtype, False)
+    fused = Driver(model, dtype, True)
     for i, parts in enumerate(STEPS):
         reference = exact.step(parts)
         plain_error = ((plain.step(parts) - reference).norm() / reference.norm()).item()
         fused_error = ((fused.step(parts) - reference).norm() / reference.norm()).item()
         assert fused_error < 1.3 * plain_error + 1e-3, (i, fused_error, plain_error)
         assert plain_error < 0.05, "the yardstick is bent"
+
+
+@pytest.mark.parametrize(("dim", "heads", "kv_heads"), SHAPES)
+def test_in_float32_fused_is_plain(dim: int, heads: int, kv_heads: int) -> None:
+    """But for the order of sums."""
+    model = llama(dim, heads, kv_heads)
+    plain, fused = Driver(model, torch.float32, False), Driver(model, torch.float32, True)
+    for parts in STEPS:
+        expected, got = plain.step(parts), fused.step(parts)
+        assert ((got - expected).norm() / expected.norm()).item() < 1e-5, parts
+        assert (got - expected).abs().max() < 1e-4 * expected.abs().max(), parts
 
 
 def test_graphs_repeat_themselves_bit_by_bit() -> None:
@@ -132,10 +144,11 @@ def test_graphs_repeat_themselves_bit_by_bit() -> None:
         assert torch.equal(a.step(parts), b.step(parts))
 
 
-def test_graphs_give_the_bits_of_the_kernels_alone() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_graphs_give_the_bits_of_the_kernels_alone(dtype: torch.dtype) -> None:
     """Of steps before their capture, of steps after it, and of a network that never captures."""
     model = llama(1024, 8, 2)
-    one, other = Driver(model, torch.bfloat16, True), Driver(model, torch.bfloat16, True, graphs=False)
+    one, other = Driver(model, dtype, True), Driver(model, dtype, True, graphs=False)
     before = [one.step(parts) for parts in STEPS]
     assert one.improve(idle=False) == 1
     again = [one.step(parts) for parts in STEPS]  # some captured, some not

@@ -1,7 +1,8 @@
-"""Of a trained model, the fused kernels and torch's own say the same, at every tensor-parallel size.
+"""Of a trained model, the fused kernels and torch's own say the same, with graphs and without, at every
+tensor-parallel size.
 
-Both multiply bfloat16 and add in float32, but not in the same order, and where two tokens are as probable as bfloat16
-can tell either may come. So answers are the same up to such a place, if there is one.
+In float32 that is every token. In 16 bits both add in float32, but not in the same order, and a sum that lies between
+two numbers of 16 bits may become either: where two tokens are as probable as 16 bits can tell, either may come.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ pytestmark = [
 ]
 DEMO = Path(__file__).parents[2] / "model_store" / "demo"
 EOS = 2
-PROMPTS, TOKENS = 48, 150
-NEAR = 0.25  # nats; the plain network rounds each activation to bfloat16: logits of about 20 are off by up to some 0.1
+PROMPTS, LONE, TOKENS = 48, 8, 150
+# At least so many answers of 150 tokens are the same, and where one is not, the tokens are as near as this, in nats:
+# logits of about 20 are off by up to some 0.1 in bfloat16, which has 3 bits less than float16.
+SAME = {"float32": (1.0, 0.0), "float16": (0.85, 0.04), "bfloat16": (0.6, 0.25)}
 
 
 Said = tuple[list[int], list[TopLogprobs]]
@@ -36,10 +39,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return convert(DEMO, tmp_path_factory.mktemp("same") / "demo", progress=False)
 
 
-def tell(checkpoint: Path, tp: int, prompts: list[list[int]] | None, **how: bool) -> tuple[list[list[int]], list[Said]]:
+def tell(
+    checkpoint: Path, tp: int, dtype: str, prompts: list[list[int]] | None, **how: bool
+) -> tuple[list[list[int]], list[Said]]:
     """Greedy answers, one at a time and all together; without prompts, some are drawn first."""
     config = EngineConfig(
-        checkpoint_dir=str(checkpoint), device="cuda", tensor_parallel_size=tp, dtype="bfloat16", max_seq_len=512,
+        checkpoint_dir=str(checkpoint), device="cuda", tensor_parallel_size=tp, dtype=dtype, max_seq_len=512,
         max_num_seqs=PROMPTS, enable_prefix_caching=False, standby=False, **how,  # type: ignore[arg-type]
     )  # fmt: skip
     client = EngineClient(config)
@@ -52,7 +57,7 @@ def tell(checkpoint: Path, tp: int, prompts: list[list[int]] | None, **how: bool
             ]
             prompts = [[1, *opening.wait()] for opening in openings]
         said = []
-        for few in [[prompt] for prompt in prompts[:8]] + [prompts]:
+        for few in [[prompt] for prompt in prompts[:LONE]] + [prompts]:
             streams = [Collected(client, prompt, max_new_tokens=TOKENS, logprobs=4, ignore_eos=True) for prompt in few]
             for stream in streams:
                 ids = stream.wait()
@@ -63,12 +68,17 @@ def tell(checkpoint: Path, tp: int, prompts: list[list[int]] | None, **how: bool
         client.close()
 
 
+@pytest.mark.parametrize("dtype", list(SAME))
 @pytest.mark.parametrize("tp", [1, 2, 4])
-def test_fused_kernels_say_what_plain_ones_say(checkpoint: Path, tp: int) -> None:
+def test_all_ways_say_the_same(checkpoint: Path, tp: int, dtype: str) -> None:
     if torch.cuda.device_count() < tp:
         pytest.skip(f"{tp} GPUs needed, {torch.cuda.device_count()} here")
-    prompts, plain = tell(checkpoint, tp, None, fused_kernels=False)
-    _, fused = tell(checkpoint, tp, prompts)
+    prompts, plain = tell(checkpoint, tp, dtype, None, fused_kernels=False)
+    _, fused = tell(checkpoint, tp, dtype, prompts)
+    _, launched = tell(checkpoint, tp, dtype, prompts, cuda_graphs=False)
+    # Of those together, which share a step is a matter of time, and so, in 16 bits, how their sums are rounded.
+    alone = slice(None) if dtype == "float32" else slice(LONE)
+    assert [ids for ids, _ in fused[alone]] == [ids for ids, _ in launched[alone]], "graphs change tokens"
     margins = []
     for (expected, tops), (got, _) in zip(plain, fused, strict=True):
         if got != expected:
@@ -79,8 +89,9 @@ def test_fused_kernels_say_what_plain_ones_say(checkpoint: Path, tp: int) -> Non
     same = 1 - len(margins) / len(plain)
     tokens = sum(len(ids) for ids, _ in plain)
     logging.getLogger(__name__).warning(
-        "TP %d: %d answers, %d tokens; %.3f the same; margins where others part: %s",
-        tp, len(plain), tokens, same, [round(margin, 4) for margin in sorted(margins)],
+        "TP %d, %s: %d answers, %d tokens; %.3f the same; margins where others part: %s",
+        tp, dtype, len(plain), tokens, same, [round(margin, 4) for margin in sorted(margins)],
     )  # fmt: skip
-    assert max(margins, default=0.0) < NEAR
-    assert same >= 0.6, "answers of 150 tokens; none of these prompts has a right one"
+    least, near = SAME[dtype]
+    assert max(margins, default=0.0) <= near
+    assert same >= least
