@@ -288,7 +288,7 @@ class MixedStep:
         self.plain = lambda: setup.model(inputs, positions, attend, asked)
         self.before = setup.contents()
         with torch.no_grad():
-            self.fused = forward(inputs, rows, positions, 8, cut, asked)
+            self.fused = forward(inputs, rows, positions, 8, cut, asked).contiguous()
             for _ in range(3):
                 assert torch.equal(forward(inputs, rows, positions, 8, cut, asked), self.fused)
             self.half = self.plain()
