@@ -49,19 +49,20 @@ class ChunkGraphs:
         """Buckets without a graph, ascending."""
         return [bucket for bucket in BUCKETS if bucket not in self._graphs]
 
-    def _compute(self, bucket: int) -> None:
+    def _compute(self, bucket: int, num_layers: int | None = None) -> None:
         staged = self._staged
         rows_T, positions_T = staged.rows_T[:bucket], staged.positions_T[:bucket]
         tokens_T = self._tokens_RL[rows_T, positions_T.clamp(min=0)]
         chunks = Chunks(staged.rows_P, staged.starts_P1, staged.contexts_P)
-        self._logits_NV.copy_(self._forward(tokens_T, rows_T, positions_T, 0, chunks, staged.logits_rows_N))
+        logits_NV = self._forward(tokens_T, rows_T, positions_T, 0, chunks, staged.logits_rows_N, num_layers)
+        self._logits_NV.copy_(logits_NV)
 
     @torch.no_grad()
-    def enqueue(self, bucket: int) -> None:
-        """A step of padding."""
+    def enqueue(self, bucket: int, num_layers: int | None = None) -> None:
+        """A step of padding, of so many layers (None: all)."""
         none = torch.zeros(3, 1, dtype=torch.int64, device=self._tokens_RL.device)
         self._staged.stage(bucket, none[0], none[0] - 1, 0, none, none[0])
-        self._compute(bucket)
+        self._compute(bucket, num_layers)
 
     @torch.no_grad()
     def capture(self, bucket: int) -> None:

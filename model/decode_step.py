@@ -165,10 +165,14 @@ class DecodeStep:
             self._count.device,
         )
 
-    def enqueue(self, s: int) -> None:
-        """One step of the first `s` input rows; leaves logits for as many."""
+    def enqueue(self, s: int, num_layers: int | None = None) -> None:
+        """One step of the first `s` input rows; leaves logits for as many.
+
+        Args:
+            num_layers: of which the step is made; None: all.
+        """
         few = s <= linear.MAX_ROWS
-        layers, gains = self.layers, [layer.attention_norm_D for layer in self.layers] + [self._norm_D]
+        layers, gains = self.layers[:num_layers], [layer.attention_norm_D for layer in self.layers] + [self._norm_D]
         parts = norm.embed(
             self._tokens_RL, self._tables_RB, self.rows_S[:s], self.positions_S[:s], self._embeddings_VD, gains[0],
             self._normed, self._slots_S, self._lens_S, self._count, self._cache.block_size,

@@ -10,6 +10,7 @@ H query and K key/value heads of this rank, E head width, N rows whose logits ar
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import torch
 
@@ -87,6 +88,7 @@ class FusedForward:
         num_decodes: int,
         chunks: Chunks | None,
         rows_N: torch.Tensor | None,
+        num_layers: int | None = None,
     ) -> torch.Tensor:
         """One step.
 
@@ -96,6 +98,7 @@ class FusedForward:
             num_decodes: S.
             chunks: what follows the S tokens.
             rows_N: tokens whose logits to return; None: all.
+            num_layers: of which the step is made; None: all.
 
         Returns:
             float32 logits [N, V], the same on every rank.
@@ -114,7 +117,9 @@ class FusedForward:
             self._head_dim, model.output.weight.dtype,
         )  # fmt: skip
         gains = [layer.attention_norm_D for layer in self._layers[1:]] + [model.norm.weight]
-        for i, (layer, k_cache, v_cache) in enumerate(zip(self._layers, self._cache.k, self._cache.v, strict=True)):
+        every = zip(self._layers, self._cache.k, self._cache.v, strict=True)
+        last = (num_layers or len(self._layers)) - 1
+        for i, (layer, k_cache, v_cache) in enumerate(itertools.islice(every, last + 1)):
             qkv_TN = stream.times(layer.wqkv_ND)
             q_THE, out_THE = (qkv_TN.new_empty(len(qkv_TN), self._heads, self._head_dim) for _ in range(2))
             rope_and_write(qkv_TN, q_THE, k_cache, v_cache, model.rope_PC2, positions_T, slots_T)
@@ -125,7 +130,7 @@ class FusedForward:
                 )  # fmt: skip
             if tiles is not None:
                 paged_prefill_attention(q_THE, k_cache, v_cache, self._tables_RB, tiles, out_THE, block_size=size)
-            if rows_N is not None and i == len(self._layers) - 1:  # of the others, only keys and values were wanted
+            if rows_N is not None and i == last:  # of the others, only keys and values were wanted
                 out_THE, stream = out_THE[rows_N], stream.only(rows_N)
             stream.add(out_THE.flatten(1), layer.wo_DN, layer.ffn_norm_D)
             wide_TN = stream.times(layer.w13_ND)
@@ -136,7 +141,8 @@ class FusedForward:
 
     @torch.no_grad()
     def compile(self) -> None:
-        """Compiles every variant of the kernels, lest somebody wait for it: by steps that write and read no keys."""
+        """Compiles every variant of the kernels, lest somebody wait for it: by steps that write and read no keys, of as
+        many layers as there are kinds of: those before the last, and the last."""
         variants = decode_variants(
             len(self._tables_RB), self._heads, self._cache.k[0], self._model.output.weight.dtype
         )  # fmt: skip
@@ -149,7 +155,7 @@ class FusedForward:
             empty_P = none.new_zeros(num_chunks)
             chunks = Chunks(empty_P, none.new_full((num_chunks + 1,), num_decodes), empty_P)
             asked_N = none[:1] if tokens > MIN_DEALT_ROWS else None
-            self(none, none, torch.full_like(none, -1), num_decodes, chunks, asked_N)
+            self(none, none, torch.full_like(none, -1), num_decodes, chunks, asked_N, min(2, len(self._layers)))
 
     def _scratch(self, num_decodes: int) -> tuple[DecodeScratch | None, int]:
         if not num_decodes:
