@@ -36,3 +36,6 @@ def _preload_kernels() -> None:
     if NVIDIA.exists() and importlib.util.find_spec("triton") is not None:
         for name in _WITH_TRITON:
             importlib.import_module(f"tpserve.model.{name}")
+        # Part of the name of each kernel on disk is a hash of Triton itself, which has hundreds of megabytes.
+        with contextlib.suppress(ImportError, AttributeError):
+            importlib.import_module("triton.runtime.cache").triton_key()
