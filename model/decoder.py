@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from tpserve.model import kernels
+from tpserve.model.graphs import record
 from tpserve.model.kv_cache import PagedKVCache
 from tpserve.model.llama import Llama
 from tpserve.model.parallel import TensorParallel
@@ -58,7 +59,7 @@ class FusedDecoder:
         self.step = DecodeStep(model, cache, tp, tokens_RL, tables_RB, self.buckets)
         self._device = tokens_RL.device
         self.wanted: int | None = None
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[int, torch.cuda.CUDAGraph | None] = {}
         self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
 
@@ -79,7 +80,7 @@ class FusedDecoder:
 
     @torch.no_grad()
     def capture(self, bucket: int) -> None:
-        """Makes one bucket's graph: compiles and warms up its kernels on padding, then records them."""
+        """Makes one bucket's graph, if there is memory for one: its kernels run on padding, and are then recorded."""
         if bucket in self._graphs:
             return
         current = torch.cuda.current_stream(self._device)
@@ -89,17 +90,14 @@ class FusedDecoder:
             self.step.positions_S.fill_(-1)
             self.step.enqueue(bucket)
             self._stream.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            # Other threads of the process may use the device while this one records.
-            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
-                self.step.enqueue(bucket)
+            graph = record(f"{bucket} sequences", lambda: self.step.enqueue(bucket), self._pool, self._stream)
         current.wait_stream(self._stream)
         self._graphs[bucket] = graph
         self.wanted = None
 
     @property
     def missing(self) -> list[int]:
-        """Buckets without a graph, ascending."""
+        """Buckets whose graph is still to be captured, ascending."""
         return [bucket for bucket in self.buckets if bucket not in self._graphs]
 
     def enqueue_all(self) -> None:
@@ -133,10 +131,12 @@ class FusedDecoder:
         self.step.positions_S[:n].copy_(positions_N)
         if n < bucket:
             self.step.positions_S[n:bucket].fill_(-1)
-        if bucket in self._graphs:
-            self._graphs[bucket].replay()
+        graph = self._graphs.get(bucket)
+        if graph is not None:
+            graph.replay()
         else:
-            self.wanted = bucket
+            if bucket not in self._graphs:
+                self.wanted = bucket
             with _products_by("cublaslt"):
                 self.step.enqueue(bucket)
         return self.step.logits_SV[:n]
