@@ -12,7 +12,6 @@ from __future__ import annotations
 import torch
 
 from tpserve.model.fused_forward import Chunks, FusedForward
-from tpserve.model.graphs import record
 from tpserve.model.kernels.staging import Staged
 
 BUCKETS = (16, 32, 64, 128, 256, 512, 1024)
@@ -37,7 +36,7 @@ class ChunkGraphs:
         self._staged = Staged.empty(BUCKETS[-1], MAX_PARTS, device)
         self._logits_NV = torch.zeros(MAX_PARTS, vocab_size, dtype=torch.float32, device=device)
         self.wanted: int | None = None
-        self._graphs: dict[int, torch.cuda.CUDAGraph | None] = {}
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
 
@@ -47,7 +46,7 @@ class ChunkGraphs:
 
     @property
     def missing(self) -> list[int]:
-        """Buckets whose graph is still to be captured, ascending."""
+        """Buckets without a graph, ascending."""
         return [bucket for bucket in BUCKETS if bucket not in self._graphs]
 
     def _compute(self, bucket: int, num_layers: int | None = None) -> None:
@@ -67,13 +66,15 @@ class ChunkGraphs:
 
     @torch.no_grad()
     def capture(self, bucket: int) -> None:
-        """Makes one bucket's graph, on padding, if there is memory for it."""
+        """Makes one bucket's graph, on padding."""
         current = torch.cuda.current_stream(self._tokens_RL.device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
             self.enqueue(bucket)
             self._stream.synchronize()
-            graph = record(f"{bucket} tokens", lambda: self._compute(bucket), self._pool, self._stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+                self._compute(bucket)
         current.wait_stream(self._stream)
         self._graphs[bucket] = graph
         self.wanted = None
@@ -98,11 +99,9 @@ class ChunkGraphs:
         """
         bucket = min(bucket for bucket in BUCKETS if bucket >= len(rows_T))
         self._staged.stage(bucket, rows_T, positions_T, num_decodes, chunks_3P, logits_rows_N)
-        graph = self._graphs.get(bucket)
-        if graph is not None:
-            graph.replay()
+        if bucket in self._graphs:
+            self._graphs[bucket].replay()
         else:
-            if bucket not in self._graphs:
-                self.wanted = bucket
+            self.wanted = bucket
             self._compute(bucket)
         return self._logits_NV[: len(rows_T) if logits_rows_N is None else len(logits_rows_N)]

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from tpserve.model import kernels
-from tpserve.model.graphs import record
 from tpserve.model.kv_cache import PagedKVCache
 from tpserve.model.llama import Llama
 from tpserve.model.parallel import TensorParallel
@@ -59,7 +58,7 @@ class FusedDecoder:
         self.step = DecodeStep(model, cache, tp, tokens_RL, tables_RB, self.buckets)
         self._device = tokens_RL.device
         self.wanted: int | None = None
-        self._graphs: dict[int, torch.cuda.CUDAGraph | None] = {}
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
 
@@ -80,7 +79,7 @@ class FusedDecoder:
 
     @torch.no_grad()
     def capture(self, bucket: int) -> None:
-        """Makes one bucket's graph, if there is memory for one: its kernels run on padding, and are then recorded."""
+        """Makes one bucket's graph: compiles and warms up its kernels on padding, then records them."""
         if bucket in self._graphs:
             return
         current = torch.cuda.current_stream(self._device)
@@ -90,14 +89,17 @@ class FusedDecoder:
             self.step.positions_S.fill_(-1)
             self.step.enqueue(bucket)
             self._stream.synchronize()
-            graph = record(f"{bucket} sequences", lambda: self.step.enqueue(bucket), self._pool, self._stream)
+            graph = torch.cuda.CUDAGraph()
+            # Other threads of the process may use the device while this one records.
+            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+                self.step.enqueue(bucket)
         current.wait_stream(self._stream)
         self._graphs[bucket] = graph
         self.wanted = None
 
     @property
     def missing(self) -> list[int]:
-        """Buckets whose graph is still to be captured, ascending."""
+        """Buckets without a graph, ascending."""
         return [bucket for bucket in self.buckets if bucket not in self._graphs]
 
     def enqueue_all(self) -> None:
@@ -131,12 +133,10 @@ class FusedDecoder:
         self.step.positions_S[:n].copy_(positions_N)
         if n < bucket:
             self.step.positions_S[n:bucket].fill_(-1)
-        graph = self._graphs.get(bucket)
-        if graph is not None:
-            graph.replay()
+        if bucket in self._graphs:
+            self._graphs[bucket].replay()
         else:
-            if bucket not in self._graphs:
-                self.wanted = bucket
+            self.wanted = bucket
             with _products_by("cublaslt"):
                 self.step.enqueue(bucket)
         return self.step.logits_SV[:n]
