@@ -59,7 +59,7 @@ class ChunkGraphs:
 
     @torch.no_grad()
     def enqueue(self, bucket: int, num_layers: int | None = None) -> None:
-        """A step of padding, of so many layers (None: all)."""
+        """A step of padding, of so many layers at most (None: all)."""
         none = torch.zeros(3, 1, dtype=torch.int64, device=self._tokens_RL.device)
         self._staged.stage(bucket, none[0], none[0] - 1, 0, none, none[0])
         self._compute(bucket, num_layers)

@@ -169,7 +169,7 @@ class DecodeStep:
         """One step of the first `s` input rows; leaves logits for as many.
 
         Args:
-            num_layers: of which the step is made; None: all.
+            num_layers: of which the step is made, at most; None: all.
         """
         few = s <= linear.MAX_ROWS
         layers, gains = self.layers[:num_layers], [layer.attention_norm_D for layer in self.layers] + [self._norm_D]

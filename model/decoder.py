@@ -103,10 +103,11 @@ class FusedDecoder:
         return [bucket for bucket in self.buckets if bucket not in self._graphs]
 
     def enqueue_all(self) -> None:
-        """A step of padding of every bucket, so that `compiled_together` sees all kernels: layers have the same."""
+        """A step of padding of every bucket, so that `compiled_together` sees all kernels: of two layers, for the first
+        one's norm has its sums from the embedding, in other parts than the others' from the products before them."""
         self.step.positions_S.fill_(-1)
         for bucket in self.buckets:
-            self.step.enqueue(bucket, num_layers=1)
+            self.step.enqueue(bucket, num_layers=2)
 
     def close(self) -> None:
         """Drops the graphs. Before the process group is destroyed: NCCL waits for all graphs that hold its kernels."""

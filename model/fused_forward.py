@@ -98,7 +98,7 @@ class FusedForward:
             num_decodes: S.
             chunks: what follows the S tokens.
             rows_N: tokens whose logits to return; None: all.
-            num_layers: of which the step is made; None: all.
+            num_layers: of which the step is made, at most; None: all.
 
         Returns:
             float32 logits [N, V], the same on every rank.
@@ -118,7 +118,7 @@ class FusedForward:
         )  # fmt: skip
         gains = [layer.attention_norm_D for layer in self._layers[1:]] + [model.norm.weight]
         every = zip(self._layers, self._cache.k, self._cache.v, strict=True)
-        last = (num_layers or len(self._layers)) - 1
+        last = min(num_layers or len(self._layers), len(self._layers)) - 1
         for i, (layer, k_cache, v_cache) in enumerate(itertools.islice(every, last + 1)):
             qkv_TN = stream.times(layer.wqkv_ND)
             q_THE, out_THE = (qkv_TN.new_empty(len(qkv_TN), self._heads, self._head_dim) for _ in range(2))
@@ -155,7 +155,7 @@ class FusedForward:
             empty_P = none.new_zeros(num_chunks)
             chunks = Chunks(empty_P, none.new_full((num_chunks + 1,), num_decodes), empty_P)
             asked_N = none[:1] if tokens > MIN_DEALT_ROWS else None
-            self(none, none, torch.full_like(none, -1), num_decodes, chunks, asked_N, min(2, len(self._layers)))
+            self(none, none, torch.full_like(none, -1), num_decodes, chunks, asked_N, num_layers=2)
 
     def _scratch(self, num_decodes: int) -> tuple[DecodeScratch | None, int]:
         if not num_decodes:

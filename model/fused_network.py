@@ -103,7 +103,7 @@ class FusedNetwork:
         with compiled_together(self._tokens_RL.device, self._tp):
             self._forward.compile()
             self._decoder.enqueue_all()
-            self._chunk_graphs.enqueue(self._chunk_graphs.missing[0], num_layers=1)
+            self._chunk_graphs.enqueue(self._chunk_graphs.missing[0], num_layers=2)
         self._forward.compile()
         logger.info("compiled kernels in %.1f s", time.monotonic() - started_s)
 
