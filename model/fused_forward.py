@@ -24,7 +24,7 @@ from tpserve.model.kernels.paged_attention import (
     decode_variants,
     paged_decode_attention,
 )
-from tpserve.model.kernels.prefill_attention import paged_prefill_attention, prefill_tiles
+from tpserve.model.kernels.prefill_attention import compile_for_many_rows, paged_prefill_attention, prefill_tiles
 from tpserve.model.kernels.rope import rope_and_write
 from tpserve.model.kernels.row_exchange import RowExchange
 from tpserve.model.kv_cache import PagedKVCache
@@ -113,8 +113,8 @@ class FusedForward:
             model, tokens_T, self._tp, self._layers[0].attention_norm_D, self._row_exchange, self._share_exchange
         )
         tiles = None if chunks is None else prefill_tiles(
-            chunks.rows_P, chunks.starts_P1, chunks.contexts_P, len(tokens_T), self._heads, self._kv_heads,
-            self._head_dim, model.output.weight.dtype,
+            chunks.rows_P, chunks.starts_P1, chunks.contexts_P, len(tokens_T), self._heads, self._cache.k[0],
+            model.output.weight.dtype, block_size=size,
         )  # fmt: skip
         gains = [layer.attention_norm_D for layer in self._layers[1:]] + [model.norm.weight]
         every = zip(self._layers, self._cache.k, self._cache.v, strict=True)
@@ -156,6 +156,9 @@ class FusedForward:
             chunks = Chunks(empty_P, none.new_full((num_chunks + 1,), num_decodes), empty_P)
             asked_N = none[:1] if tokens > MIN_DEALT_ROWS else None
             self(none, none, torch.full_like(none, -1), num_decodes, chunks, asked_N, num_layers=2)
+        compile_for_many_rows(
+            self._heads, self._cache.k[0], self._tables_RB, self._model.output.weight.dtype, self._cache.block_size
+        )
 
     def _scratch(self, num_decodes: int) -> tuple[DecodeScratch | None, int]:
         if not num_decodes:

@@ -30,8 +30,9 @@ def supports(device: torch.device, dtype: torch.dtype, n_heads: int, n_kv_heads:
 
 
 @functools.cache
-def has_streams() -> bool:
-    """Whether `stream.py` compiles: Gluon, in which it is written, is still in motion from version to version."""
+def has_gluon() -> bool:
+    """Whether `stream.py` and `prefill_hopper.py` compile: Gluon, in which they are written, is still in motion from
+    version to version."""
     try:
         version = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:

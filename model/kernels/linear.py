@@ -158,7 +158,7 @@ def padded_rows(s: int) -> int:
     return 1 if s == 1 else MAX_ROWS
 
 
-# `stream_linear` is imported where it is used: Gluon is not in every Triton (`has_streams`).
+# `stream_linear` is imported where it is used: Gluon is not in every Triton (`has_gluon`).
 def _launch(
     kernel: Any, tile: Tile, programs: int, s: int, pdl: bool, x: torch.Tensor | Normed, w: Matrix,
     *args: Any, **constants: Any,

@@ -26,10 +26,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tpserve.model.kernels.attend import attend, beside_float8
 
-# Pairs of a sequence and a key/value head: with so many, sequences are split only for balance; with as many as there
-# are multiprocessors (132), not even that.
+# Pairs of a sequence and a key/value head: with so many, sequences are split only for balance.
 _MANY = 256
-_ONE_EACH = range(96, 133)
+_MAX_SPLITS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,22 +56,23 @@ def decode_scratch(max_S: int, H: int, E: int, max_splits: int, device: torch.de
     )
 
 
-def _tiles(S: int, K: int, G: int, E: int, dtype: torch.dtype, cache: torch.dtype) -> tuple[int, int, int]:
-    """(keys a tile, warps a program, tiles in flight + 1), as measured on an H200.
+def _tiles(S: int, K: int, G: int, E: int, dtype: torch.dtype, cache: torch.dtype) -> tuple[int, int, int, int]:
+    """(keys a tile, warps a program, tiles in flight + 1, keys an item has at least), as measured on an H200.
 
-    One warp needs no barriers. A program with a multiprocessor to itself needs large tiles to keep it busy; so does one
-    sequence, whose few keys are then not split at all (1.4% of a step of 7B with 128 tokens, 2.2% with 2,000). Two in
-    flight were faster with 256 pairs (35 µs, 39 with three), as fast with 512, and slower with 2,048 (159 and 154).
+    One warp needs no barriers, but takes long alone: programs of fewer pairs have more warps, and larger tiles. Items
+    are added up in the time of some hundred keys.
     """
     if dtype == torch.float32:
-        return 16, 4, 1
-    if _one_each(S, K, G, E) and E <= 128:
-        return 128, 4, 3
-    return (32, 1, 2) if _MANY <= S * K < 4 * _MANY and cache != torch.float8_e4m3fn else (32, 1, 3)
-
-
-def _one_each(S: int, K: int, G: int, E: int) -> bool:
-    return S * K in _ONE_EACH or (S == G == 1 and _ONE_EACH.stop > K and E <= 128)
+        return 16, 4, 1, 16 * max(1, G // 2)
+    if E > 128:
+        return 32, 1, 3, 32 * max(1, G // 2)
+    if S == 1:
+        return 128, 4, 3, 128
+    if cache == torch.float8_e4m3fn:
+        return 32, 1, 3, 32 * max(1, G // 2)
+    if S * K >= _MANY:
+        return 32, 1, 4 if S * K < 8 * _MANY else 3, 128
+    return 64, 2, 4, 128
 
 
 def _padded_sequences(S: int) -> int:
@@ -90,8 +90,10 @@ def decode_variants(max_S: int, H: int, k_cache: torch.Tensor, dtype: torch.dtyp
 
 def choose_splits(S: int, H: int, K: int, E: int, max_len: int, num_sms: int) -> int:
     """Items a sequence, for a graph captured for S sequences of up to `max_len` keys: one wave of programs."""
-    programs = num_sms * (8 if S * K >= _MANY else 1 if _one_each(S, K, H // K, E) else 2)
-    shares = min(max(1, programs // (S * K)), -(-max_len // 32), 64)
+    waves = 1 if S == 1 and E <= 128 else 2
+    # A program that adds up G heads of many items takes longer than their keys took.
+    most = _MAX_SPLITS if H == K else _MAX_SPLITS // 2
+    shares = 1 if S * K >= _MANY else min(max(1, waves * num_sms // (S * K)), -(-max_len // 32), most)
     return shares + (S > 1)
 
 
@@ -152,11 +154,9 @@ def _decode_kernel(
     num_seqs, shares, q_stride, out_stride, table_stride, scale,
     K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, SP: tl.constexpr,
     BLOCK: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, CS: tl.constexpr, CG: tl.constexpr,
-    OFFSET: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    LEAST: tl.constexpr, OFFSET: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     item, head = tl.program_id(0) // K, tl.program_id(0) % K
-    # An item hands on G · E float32 values: it should have read several times as many bytes of keys.
-    LEAST: tl.constexpr = BN * (G // 2 if G > 1 else 1)
     seq, row, length, splits, first = _find_item(item, num_seqs, shares, lens_ptr, rows_ptr, SP, BN, LEAST)
     if PDL:
         gdc_wait()
@@ -224,7 +224,7 @@ def paged_decode_attention(
     block_size: int,
     num_splits: int,
     pdl: bool = False,
-    config: tuple[int, int, int] | None = None,
+    config: tuple[int, int, int, int] | None = None,
 ) -> None:
     """Attends one token of each sequence to all its keys; nothing here waits for the device.
 
@@ -237,12 +237,12 @@ def paged_decode_attention(
         num_splits: items a sequence, see `choose_splits`.
         pdl: programmatic dependent launch: starts while the kernel before still runs, of which `rows_S` and `lens_S`
             must then not be the outputs.
-        config: (keys a tile, warps, pipeline stages) in place of the tuned ones.
+        config: (keys a tile, warps, pipeline stages, keys an item has at least) in place of the tuned ones.
     """
     S, H, E = q_SHE.shape
     K = k_cache.shape[1]
     G = H // K
-    BN, warps, stages = config or _tiles(S, K, G, E, q_SHE.dtype, k_cache.dtype)
+    BN, warps, stages, least = config or _tiles(S, K, G, E, q_SHE.dtype, k_cache.dtype)
     CG = triton.next_power_of_2(G)
     _decode_kernel[(S * num_splits * K,)](
         q_SHE, k_cache, v_cache, tables_RB, rows_S, lens_S, out_SHE, scratch.partial, scratch.lse, scratch.arrived,
@@ -250,7 +250,7 @@ def paged_decode_attention(
         q_SHE.stride(0), out_SHE.stride(0), tables_RB.stride(0), math.log2(math.e) / math.sqrt(E),
         K=K, G=G, GP=max(8, CG), E=E, EP=max(16, triton.next_power_of_2(E)),
         SP=_padded_sequences(S),
-        BLOCK=block_size, BN=BN, STAGES=stages, CS=max(1, 16 * warps // CG), CG=CG,
+        BLOCK=block_size, BN=BN, STAGES=stages, CS=max(1, 16 * warps // CG), CG=CG, LEAST=least,
         OFFSET=tl.int32 if k_cache.numel() < 2**31 else tl.int64,
         PRECISION="ieee" if q_SHE.dtype == torch.float32 else "tf32", PDL=pdl,
         num_warps=warps, launch_pdl=pdl,

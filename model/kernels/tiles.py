@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from tpserve.model.kernels import has_streams
+from tpserve.model.kernels import has_gluon
 from tpserve.model.matrix import Matrix
 
 
@@ -105,7 +105,7 @@ def choose_tiles(
 
     qkv, wo, gate_up, down = (of(weight) for weight in weights)
     tiles = Tiles(qkv.qkv, wo.wo, gate_up.gate_up, down.down, qkv.head).fit(dim, head_dim)
-    if s > 1 or not has_streams():
+    if s > 1 or not has_gluon():
         return tiles
     others = (tiles.qkv, tiles.wo, tiles.gate_up, tiles.down)
     ways = [_stream(weight, *ring) or tile for weight, ring, tile in zip(weights, _RINGS, others, strict=True)]

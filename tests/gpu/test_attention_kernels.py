@@ -21,7 +21,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), SHAPES)
 @pytest.mark.parametrize("block_size", [16, 32])
 def test_decoding_ragged_batches(dtype: torch.dtype, heads: int, kv_heads: int, width: int, block_size: int) -> None:
-    from tpserve.bench.attention import LIMITS, error, paged, ragged
+    from tpserve.bench.attention_cases import LIMITS, error, paged, ragged
 
     lens = ragged(33, 900)
     case = paged(
@@ -40,14 +40,14 @@ def test_decoding_ragged_batches(dtype: torch.dtype, heads: int, kv_heads: int, 
 @pytest.mark.parametrize("length", [1, 64, 65, 5000])
 @pytest.mark.parametrize("num_splits", [1, 3, 64])
 def test_decoding_one_sequence(dtype: torch.dtype, length: int, num_splits: int) -> None:
-    from tpserve.bench.attention import LIMITS, error, paged
+    from tpserve.bench.attention_cases import LIMITS, error, paged
 
     case = paged([length - 1], [1], heads=16, kv_heads=2, width=128, dtype=dtype)
     assert error(case.decode(num_splits), case.reference()) < LIMITS[dtype]
 
 
 def test_one_graph_serves_growing_lengths() -> None:
-    from tpserve.bench.attention import LIMITS, error, paged
+    from tpserve.bench.attention_cases import LIMITS, error, paged
     from tpserve.model.kernels.paged_attention import decode_scratch, paged_decode_attention
 
     case = paged([2999, 10, 700, 64], [1] * 4, heads=8, kv_heads=2, width=128, dtype=torch.bfloat16)
@@ -81,13 +81,52 @@ def test_one_graph_serves_growing_lengths() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), SHAPES)
 def test_chunks_of_prompts(dtype: torch.dtype, heads: int, kv_heads: int, width: int) -> None:
-    from tpserve.bench.attention import LIMITS, error, paged, ragged
+    from tpserve.bench.attention_cases import LIMITS, error, paged, ragged
 
     case = paged(
         [9, 3, 0, 0, 1000, *ragged(4, 400)], [1, 0, 37, 200, 65, *ragged(4, 150)],
         heads=heads, kv_heads=kv_heads, width=width, dtype=dtype,
     )  # fmt: skip
     assert error(case.prefill(), case.reference()) < LIMITS[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(32, 32, 128), (16, 2, 128), (6, 2, 128), (8, 1, 64)])
+@pytest.mark.parametrize("block_size", [16, 32])
+def test_chunks_of_prompts_on_hopper(
+    dtype: torch.dtype, heads: int, kv_heads: int, width: int, block_size: int
+) -> None:
+    from tpserve.bench.attention_cases import LIMITS, error, paged, ragged
+    from tpserve.model.kernels.prefill_attention import hopper_takes
+
+    contexts, queries = [9, 3, 0, 0, 1000, *ragged(8, 700)], [1, 0, 37, 200, 65, *ragged(8, 500)]
+    case = paged(contexts, queries, heads=heads, kv_heads=kv_heads, width=width, dtype=dtype, block_size=block_size)
+    if not hopper_takes(case.k_cache, dtype, block_size):
+        pytest.skip("these kernels are Hopper's, in a Gluon that is known")
+    tiles = case.tiles(hopper_rows=0)
+    for _launch in range(3):  # each leaves the counter of items as it was
+        out = torch.full_like(case.q_THE, float("nan"))
+        case.prefill_into(out, tiles)
+        assert error(out, case.reference()) < LIMITS[dtype]
+    assert tiles.tiles_I5[-1].tolist()[0] == 0
+
+
+def test_tiles_that_read_most_come_first() -> None:
+    from tpserve.bench.attention_cases import paged
+    from tpserve.model.kernels.prefill_attention import hopper_takes
+
+    contexts, queries = [700, 0, 0, 64, 3], [129, 500, 0, 500, 1]
+    case = paged(contexts, queries, heads=16, kv_heads=4, width=128, dtype=torch.bfloat16)
+    if not hopper_takes(case.k_cache, torch.bfloat16, 16):
+        pytest.skip("these kernels are Hopper's, in a Gluon that is known")
+    *tiles, (drawn, count, *_) = case.tiles(hopper_rows=0).tiles_I5.tolist()
+    first = [sum(queries[:p]) for p in range(5)]
+    expected = {(first[p], t) for p in range(5) for t in range(-(-queries[p] * 4 // 128))}
+    assert (drawn, count) == (0, len(expected))
+    assert {(tile[0], tile[2]) for tile in tiles[:count]} == expected
+    assert all(tile[1] == 0 for tile in tiles[count:])
+    reads = [context + min((t * 128 + 127) // 4 + 1, n) for _, n, t, context, _ in tiles[:count]]
+    assert reads == sorted(reads, reverse=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -126,7 +165,7 @@ def test_rope_and_write(dtype: torch.dtype, heads: int, kv_heads: int, width: in
 
 @pytest.mark.parametrize("chunks", [1, 16, 17, 300])
 def test_chunks_of_many_sequences(chunks: int) -> None:
-    from tpserve.bench.attention import LIMITS, error, paged
+    from tpserve.bench.attention_cases import LIMITS, error, paged
 
     lens = [1 + 7 * i % 90 for i in range(chunks)]
     case = paged([3 * i % 50 for i in range(chunks)], lens, heads=8, kv_heads=2, width=64, dtype=torch.bfloat16)

@@ -309,12 +309,12 @@ class MixedStep:
 
 def int4_by_streams(tp: TensorParallel) -> None:
     """One sequence of an int4 model by `stream.py`: as near to float32 as the plain network, the ranks all alike."""
-    from tpserve.model.kernels import has_streams
+    from tpserve.model.kernels import has_gluon
     from tpserve.model.kernels.tiles import Stream
 
     args = dataclasses.replace(SHAPES["wide"], ffn_hidden_dim=1536)  # of which each of four ranks has whole groups
     setup = Setup(args, tp, [1, 4], quantization="int4")
-    if has_streams():
+    if has_gluon():
         assert isinstance(setup.decoder.step.tiles[1].down, Stream)
     for bucket in setup.decoder.buckets:
         setup.decoder.capture(bucket)
