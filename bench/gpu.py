@@ -10,6 +10,7 @@ A row's goal is the least that it must reach. Exit status 1: a kernel is wrong, 
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import os
@@ -17,6 +18,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from tpserve.bench.engine_runs import Engine, latency, throughput
 from tpserve.bench.record import write_result
 
 Key = tuple[str, int, int]  # kind, batch, tokens in
+_TESTS_AT_A_TIME = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +150,8 @@ def add_peer(rows: list[dict[str, Any]], what: Measure, command: str) -> None:
 
 
 def check_kernels() -> dict[str, Any]:
-    """Runs the GPU tests, which compare every kernel with float64 or float32 references, on fresh random inputs.
+    """Runs the GPU tests, which compare every kernel with float64 or float32 references, on fresh random inputs;
+    several at a time, for most of it is compiling.
 
     Returns:
         "seed", "passed", "failed"; zeros where the tests are not beside the package.
@@ -156,16 +160,25 @@ def check_kernels() -> dict[str, Any]:
     root = Path(__file__).resolve().parents[1]
     if not (root / "tests" / "gpu").is_dir():
         return {"seed": seed, "passed": 0, "failed": 0}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu",
-               "-W", "ignore::pytest.PytestConfigWarning"]  # fmt: skip
-    env = os.environ | {"TPSERVE_TEST_SEED": str(seed)}
-    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, check=False)
-    last = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else done.stderr[-500:]
-    print(f"kernels, seed {seed}: {last}", flush=True)
-    counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|error)", last)}
-    if done.returncode not in (0, 1) and not counts:  # nothing was collected, or it did not start
-        counts["failed"] = 1
-    return {"seed": seed, "passed": counts.get("passed", 0), "failed": counts.get("failed", 0) + counts.get("error", 0)}
+    folder = tempfile.TemporaryDirectory()  # the engine is to start as on a machine that knows no kernels
+    env = os.environ | {"TPSERVE_TEST_SEED": str(seed), "TRITON_CACHE_DIR": folder.name}
+
+    def pytest(*which: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
+                   "-W", "ignore::pytest.PytestConfigWarning", *which]  # fmt: skip
+        return subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, check=False)
+
+    listed = pytest("--collect-only", "tests/gpu").stdout.splitlines()
+    tests = sorted({line.partition("[")[0] for line in listed if "::" in line})
+    counts = collections.Counter({"failed": int(not tests)})
+    with folder, ThreadPoolExecutor(_TESTS_AT_A_TIME) as pool:
+        for test, done in zip(tests, pool.map(pytest, tests), strict=True):
+            found = re.findall(r"(\d+) (passed|failed|error|skipped)", (done.stdout.strip().splitlines() or [""])[-1])
+            counts.update({word: int(number) for number, word in found} or {"failed": 1})
+            if done.returncode or not found:
+                print(f"{test}\n{done.stdout[-2000:]}{done.stderr[-500:]}", flush=True)
+    print(f"kernels, seed {seed}: {dict(counts)}", flush=True)
+    return {"seed": seed, "passed": counts["passed"], "failed": counts["failed"] + counts["error"]}
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:

@@ -175,7 +175,7 @@ def prefill_tiles(
     dtype: torch.dtype,
     *,
     block_size: int,
-    hopper_rows: int = _HOPPER_ROWS,
+    hopper_rows: int | None = None,
 ) -> PrefillTiles:
     """Which program attends to what, for all layers of a step; nothing here waits for the device.
 
@@ -187,10 +187,11 @@ def prefill_tiles(
         num_tokens: at least as many as there are queries.
         q_heads, dtype: of the queries to come.
         k_cache: a layer's.
-        hopper_rows: tokens times query heads from which on `prefill_hopper.py` has the step.
+        hopper_rows: tokens times query heads from which on `prefill_hopper.py` has the step; None: as measured.
     """
     P, G = rows_P.shape[0], q_heads // k_cache.shape[1]
-    hopper = num_tokens * q_heads >= hopper_rows and hopper_takes(k_cache, dtype, block_size)
+    fewest = _HOPPER_ROWS if hopper_rows is None else hopper_rows
+    hopper = num_tokens * q_heads >= fewest and hopper_takes(k_cache, dtype, block_size)
     BM = 128 if hopper else _rows_a_tile(k_cache.shape[2], dtype)[0]
     items = triton.cdiv(num_tokens * G, BM) + P
     tiles_I5 = torch.empty(items + 1, 5, dtype=torch.int32, device=rows_P.device)

@@ -111,6 +111,14 @@ STEPS = [
 ]
 
 
+@pytest.fixture(params=[None, 1], ids=["measured", "Hopper"])
+def _hopper_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts of few tokens would not see `prefill_hopper.py`."""
+    if request.param is not None:
+        monkeypatch.setattr("tpserve.model.kernels.prefill_attention._HOPPER_ROWS", request.param)
+
+
+@pytest.mark.usefixtures("_hopper_rows")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("dim", "heads", "kv_heads"), SHAPES)
 def test_fused_is_as_near_to_float32_as_plain(dim: int, heads: int, kv_heads: int, dtype: torch.dtype) -> None:
@@ -162,6 +170,7 @@ def test_graphs_give_the_bits_of_the_kernels_alone(dtype: torch.dtype) -> None:
         assert all(torch.equal(logits[0], others) for others in logits[1:]), STEPS[i]
 
 
+@pytest.mark.usefixtures("_hopper_rows")
 def test_nothing_is_compiled_while_serving(monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel compiled in the middle stops everybody for a second."""
     import triton
