@@ -17,6 +17,7 @@ The last program of a sequence to finish adds up what all of them found.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import torch
@@ -56,7 +57,13 @@ def decode_scratch(max_S: int, H: int, E: int, max_splits: int, device: torch.de
     )
 
 
-def _tiles(S: int, K: int, G: int, E: int, dtype: torch.dtype, cache: torch.dtype) -> tuple[int, int, int, int]:
+@functools.cache
+def _has_room(device: torch.device) -> bool:
+    """For 192 KiB of keys and values in shared memory: of Hopper's and of servers' Blackwell GPUs there are 227."""
+    return torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
+def _tiles(S: int, G: int, k_cache: torch.Tensor, dtype: torch.dtype) -> tuple[int, int, int, int]:
     """(keys a tile, warps a program, tiles in flight + 1, keys an item has at least), as measured on an H200.
 
     One warp needs no barriers, but takes long alone: programs of fewer pairs have more warps, and larger tiles. Items
@@ -64,12 +71,14 @@ def _tiles(S: int, K: int, G: int, E: int, dtype: torch.dtype, cache: torch.dtyp
     """
     if dtype == torch.float32:
         return 16, 4, 1, 16 * max(1, G // 2)
-    if E > 128:
-        return 32, 1, 3, 32 * max(1, G // 2)
+    _, K, E = k_cache.shape
+    small = 32, 1, 3, 32 * max(1, G // 2)
+    if E > 128 or not _has_room(k_cache.device):
+        return small
     if S == 1:
         return 128, 4, 3, 128
-    if cache == torch.float8_e4m3fn:
-        return 32, 1, 3, 32 * max(1, G // 2)
+    if k_cache.dtype == torch.float8_e4m3fn:
+        return small
     if S * K >= _MANY:
         return 32, 1, 4 if S * K < 8 * _MANY else 3, 128
     return 64, 2, 4, 128
@@ -81,10 +90,10 @@ def _padded_sequences(S: int) -> int:
 
 def decode_variants(max_S: int, H: int, k_cache: torch.Tensor, dtype: torch.dtype) -> list[int]:
     """Numbers of sequences, one for each variant that the kernel is compiled in for up to `max_S` of them."""
-    _, K, E = k_cache.shape
+    G = H // k_cache.shape[1]
     first: dict[object, int] = {}
     for S in range(1, max_S + 1):
-        first.setdefault((_padded_sequences(S), _tiles(S, K, H // K, E, dtype, k_cache.dtype)), S)
+        first.setdefault((_padded_sequences(S), _tiles(S, G, k_cache, dtype)), S)
     return list(first.values())
 
 
@@ -242,7 +251,7 @@ def paged_decode_attention(
     S, H, E = q_SHE.shape
     K = k_cache.shape[1]
     G = H // K
-    BN, warps, stages, least = config or _tiles(S, K, G, E, q_SHE.dtype, k_cache.dtype)
+    BN, warps, stages, least = config or _tiles(S, G, k_cache, q_SHE.dtype)
     CG = triton.next_power_of_2(G)
     _decode_kernel[(S * num_splits * K,)](
         q_SHE, k_cache, v_cache, tables_RB, rows_S, lens_S, out_SHE, scratch.partial, scratch.lse, scratch.arrived,

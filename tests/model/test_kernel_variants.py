@@ -94,6 +94,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[Variant]]:
     triton.language.int32, triton.language.int64 = "int32", "int64"
     monkeypatch.setattr("importlib.metadata.version", lambda name: "0")  # `has_gluon`: no
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda *args, **named: None)
     yield found
     for name in [name for name in sys.modules if name.startswith("tpserve.") and name.startswith(ours)]:
