@@ -152,6 +152,7 @@ def test_graphs_repeat_themselves_bit_by_bit() -> None:
         assert torch.equal(a.step(parts), b.step(parts))
 
 
+@pytest.mark.usefixtures("_hopper_rows")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_graphs_give_the_bits_of_the_kernels_alone(dtype: torch.dtype) -> None:
     """Of steps before their capture, of steps after it, and of a network that never captures."""
