@@ -168,13 +168,16 @@ def check_kernels() -> dict[str, Any]:
                    "-W", "ignore::pytest.PytestConfigWarning", *which]  # fmt: skip
         return subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, check=False)
 
-    listed = pytest("--collect-only", "tests/gpu").stdout.splitlines()
-    tests = sorted({line.partition("[")[0] for line in listed if "::" in line})
-    counts = collections.Counter({"failed": int(not tests)})
+    collected = pytest("--collect-only", "tests/gpu")
+    tests = sorted({line.partition("[")[0] for line in collected.stdout.splitlines() if "::" in line})
+    counts = collections.Counter({"failed": int(collected.returncode != 0)})  # a file that cannot be imported, too
+    if collected.returncode:
+        print(collected.stdout[-2000:], flush=True)
     with folder, ThreadPoolExecutor(_TESTS_AT_A_TIME) as pool:
         for test, done in zip(tests, pool.map(pytest, tests), strict=True):
             found = re.findall(r"(\d+) (passed|failed|error|skipped)", (done.stdout.strip().splitlines() or [""])[-1])
-            counts.update({word: int(number) for number, word in found} or {"failed": 1})
+            counts.update({word: int(number) for number, word in found})
+            counts["failed"] += not found or done.returncode not in (0, 1)  # 1: tests failed, and are counted
             if done.returncode or not found:
                 print(f"{test}\n{done.stdout[-2000:]}{done.stderr[-500:]}", flush=True)
     print(f"kernels, seed {seed}: {dict(counts)}", flush=True)

@@ -24,7 +24,7 @@ from tpserve.model.kernels.paged_attention import (
     decode_variants,
     paged_decode_attention,
 )
-from tpserve.model.kernels.prefill_attention import compile_for_many_rows, paged_prefill_attention, prefill_tiles
+from tpserve.model.kernels.prefill_attention import compile_for_many, paged_prefill_attention, prefill_tiles
 from tpserve.model.kernels.rope import rope_and_write
 from tpserve.model.kernels.row_exchange import RowExchange
 from tpserve.model.kv_cache import PagedKVCache
@@ -156,7 +156,7 @@ class FusedForward:
             chunks = Chunks(empty_P, none.new_full((num_chunks + 1,), num_decodes), empty_P)
             asked_N = none[:1] if tokens > MIN_DEALT_ROWS else None
             self(none, none, torch.full_like(none, -1), num_decodes, chunks, asked_N, num_layers=2)
-        compile_for_many_rows(
+        compile_for_many(
             self._heads, self._cache.k[0], self._tables_RB, self._model.output.weight.dtype, self._cache.block_size
         )
 

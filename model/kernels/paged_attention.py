@@ -59,7 +59,7 @@ def decode_scratch(max_S: int, H: int, E: int, max_splits: int, device: torch.de
 
 @functools.cache
 def _has_room(device: torch.device) -> bool:
-    """For 192 KiB of keys and values in shared memory: of Hopper's and of servers' Blackwell GPUs there are 227."""
+    """For programs of up to 226 KiB of shared memory: of Hopper's and of servers' Blackwell GPUs there are 227."""
     return torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
@@ -98,7 +98,8 @@ def decode_variants(max_S: int, H: int, k_cache: torch.Tensor, dtype: torch.dtyp
 
 
 def choose_splits(S: int, H: int, K: int, E: int, max_len: int, num_sms: int) -> int:
-    """Items a sequence, for a graph captured for S sequences of up to `max_len` keys: one wave of programs."""
+    """Items a sequence, for a graph captured for S sequences of up to `max_len` keys: a program or two a processor, by
+    how large they are (`_tiles`)."""
     waves = 1 if S == 1 and E <= 128 else 2
     # A program that adds up G heads of many items takes longer than their keys took.
     most = _MAX_SPLITS if H == K else _MAX_SPLITS // 2

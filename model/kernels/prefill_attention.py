@@ -34,8 +34,8 @@ class PrefillTiles:
 
     Attributes:
         tiles_I5: int32 [I + 1, 5]: a tile's sequence's first token, its number of queries (0: there is no such tile),
-            the tile's number in it, the sequence's context and its row. Behind the last tile: how many tiles have been
-            drawn, and how many there are.
+            the tile's number in it, the sequence's context and its row. Behind the last tile: a counter of
+            `prefill_hopper.py`, zero between launches, and how many tiles there are.
         hopper: of `prefill_hopper.py`.
     """
 
@@ -151,18 +151,25 @@ def hopper_takes(k_cache: torch.Tensor, dtype: torch.dtype, block_size: int) -> 
     )
 
 
-def compile_for_many_rows(
+def _padded(P: int) -> int:
+    """Compiled anew for each: two are enough for most."""
+    return 16 if P <= 16 else max(256, int(triton.next_power_of_2(P)))
+
+
+def compile_for_many(
     q_heads: int, k_cache: torch.Tensor, tables_RB: torch.Tensor, dtype: torch.dtype, block_size: int
 ) -> None:
-    """Launches what steps of many rows launch, for no queries."""
-    if not hopper_takes(k_cache, dtype, block_size):
-        return
-    tokens = -(-_HOPPER_ROWS // q_heads)
-    q_THE, out_THE = (k_cache.new_empty(tokens, q_heads, k_cache.shape[2]) for _ in range(2))
-    for P in (1, 17):
+    """Launches what steps of many rows, or of many sequences, launch; for no queries."""
+    hopper = hopper_takes(k_cache, dtype, block_size)
+    q_THE, out_THE = (torch.empty(1, q_heads, k_cache.shape[2], dtype=dtype, device=k_cache.device) for _ in range(2))
+    most = max(17, len(tables_RB))
+    for P in {1, *(_padded(n) for n in range(17, most + 1))}:
         none = torch.zeros(P + 1, dtype=torch.int64, device=k_cache.device)
-        tiles = prefill_tiles(none[:P], none, none[:P], tokens, q_heads, k_cache, dtype, block_size=block_size)
-        paged_prefill_attention(q_THE, k_cache, k_cache, tables_RB, tiles, out_THE, block_size=block_size)
+        for rows in [0, 1 << 40] if hopper else [1 << 40]:
+            tiles = prefill_tiles(
+                none[:P], none, none[:P], 1, q_heads, k_cache, dtype, block_size=block_size, hopper_rows=rows
+            )
+            paged_prefill_attention(q_THE, k_cache, k_cache, tables_RB, tiles, out_THE, block_size=block_size)
 
 
 def prefill_tiles(
@@ -195,10 +202,8 @@ def prefill_tiles(
     BM = 128 if hopper else _rows_a_tile(k_cache.shape[2], dtype)[0]
     items = triton.cdiv(num_tokens * G, BM) + P
     tiles_I5 = torch.empty(items + 1, 5, dtype=torch.int32, device=rows_P.device)
-    # Compiled anew for every PP: two are enough for most.
-    PP = 16 if P <= 16 else max(256, triton.next_power_of_2(P))
     _tiles_kernel[(items,)](
-        rows_P, query_start_P1, context_len_P, tiles_I5, P, items, G=G, BM=BM, PP=PP,
+        rows_P, query_start_P1, context_len_P, tiles_I5, P, items, G=G, BM=BM, PP=_padded(P),
         # Keys of many heads do not all stay in the L2 cache: there a sequence's tiles go one after the other (8 · 1,024
         # tokens: 162 µs instead of 195 with 32 heads, 61 instead of 50 with 8).
         LONGEST_FIRST=hopper and k_cache.shape[1] <= 8, num_warps=1,

@@ -111,6 +111,7 @@ def _consume(
         own = (seen_by(queries, tile, context, W * 64 + 64, G) + KEYS - 1) // KEYS
         for _of_the_others in range(rounds - own):
             mbarrier.wait(full.index(n % ENTRIES), n // ENTRIES % 2)
+            barrier()  # all four warps have seen it
             mbarrier.arrive(free.index(n % ENTRIES))
             n += 1
         m = tile * ROWS + W * 64 + gl.arange(0, 64, gl.SliceLayout(1, SCORES))
@@ -200,7 +201,7 @@ def launch(
     out_THE: torch.Tensor,
     block_size: int,
 ) -> None:
-    """`paged_prefill_attention` with tiles of `ROWS` rows, for what `takes` says yes to."""
+    """`paged_prefill_attention` with tiles of `ROWS` rows, for what `hopper_takes` says yes to."""
     E, K = q_THE.shape[2], k_cache.shape[1]
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     k_desc, v_desc = (
