@@ -147,13 +147,12 @@ class FusedForward:
             len(self._tables_RB), self._heads, self._cache.k[0], self._model.output.weight.dtype
         )  # fmt: skip
         many = MAX_MIXED_ROWS + 1  # from here on matrices of fewer bits are widened in memory
-        steps = [(0, 1, 64), (0, 17, many), *((n, 1, n) for n in variants)]
+        steps = [(0, 64), (0, many), *((n, n) for n in variants)]
         if self._tp.size > 1:
-            steps.append((0, 1, MIN_DEALT_ROWS + 1))  # each rank keeps a share, until few rows are asked for
-        for num_decodes, num_chunks, tokens in steps:
+            steps.append((0, MIN_DEALT_ROWS + 1))  # each rank keeps a share, until few rows are asked for
+        for num_decodes, tokens in steps:
             none = torch.zeros(tokens, dtype=torch.int64, device=self._tables_RB.device)
-            empty_P = none.new_zeros(num_chunks)
-            chunks = Chunks(empty_P, none.new_full((num_chunks + 1,), num_decodes), empty_P)
+            chunks = Chunks(none[:1], none.new_full((2,), num_decodes), none[:1])
             asked_N = none[:1] if tokens > MIN_DEALT_ROWS else None
             self(none, none, torch.full_like(none, -1), num_decodes, chunks, asked_N, num_layers=2)
         compile_for_many(

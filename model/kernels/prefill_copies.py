@@ -13,7 +13,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-ROWS = gl.constexpr(128)  # of an item
+from tpserve.model.kernels.prefill_attention import HOPPER_TILE
+
+ROWS = gl.constexpr(HOPPER_TILE)  # of an item
 KEYS = gl.constexpr(64)  # of a tile
 ENTRIES = gl.constexpr(4)  # of the ring
 DRAWN = gl.constexpr(8)  # more items than a producer can be ahead of a consumer

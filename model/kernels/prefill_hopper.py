@@ -104,9 +104,8 @@ def _consume(
         next_head, next_first, next_queries, next_tile, next_context, _row = item(tiles_ptr, ticket, all_items, K)
         async_copy.wait_group(0)
         barrier()
-        q = q_s.load(
-            gl.DotOperandLayout(0, SCORES, 2)
-        )  # registers: with both operands in it, shared memory is too slow
+        # Into registers: with both operands in it, shared memory is too slow.
+        q = q_s.load(gl.DotOperandLayout(0, SCORES, 2))
         rounds = (seen_by(queries, tile, context, ROWS, G) + KEYS - 1) // KEYS
         own = (seen_by(queries, tile, context, W * 64 + 64, G) + KEYS - 1) // KEYS
         for _of_the_others in range(rounds - own):
