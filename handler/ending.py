@@ -31,6 +31,11 @@ class Client(Protocol):
     def close(self) -> None: ...
 
 
+def _leave(status: int) -> None:
+    logging.shutdown()
+    os._exit(status)
+
+
 class Ending:
     """Watches for the two ends of a backend process; made in the main thread.
 
@@ -42,7 +47,7 @@ class Ending:
     """
 
     def __init__(
-        self, client: Client, health: Health, num_open: Callable[[], int], leave: Callable[[int], None] = os._exit
+        self, client: Client, health: Health, num_open: Callable[[], int], leave: Callable[[int], None] = _leave
     ) -> None:
         self._client, self._health, self._num_open, self._leave = client, health, num_open, leave
         self._thread = threading.Thread(target=self._watch, name="tpserve-ending", daemon=True)
@@ -78,5 +83,4 @@ class Ending:
         while time.monotonic() - began_s < (_LAST_WORDS_S if self._num_open() else _REPLIES_S):
             time.sleep(_POLL_S)
         self._client.close()
-        logging.shutdown()
         self._leave(1)
