@@ -150,7 +150,7 @@ class Setup:
         for tensor in (*self.cache.k, *self.cache.v):
             tensor.copy_(torch.randn(tensor.shape, dtype=torch.bfloat16, device=device))
         generator = torch.Generator().manual_seed(1)
-        self.tokens_RL = torch.randint(args.vocab_size, (batch, context), generator=generator).to(device)
+        self.tokens_RL = torch.randint(args.vocab_size, (batch, context + 1), generator=generator).to(device)
         self._order = torch.randperm(num_blocks, generator=generator).to(device)
         self.tables_RB = torch.zeros(batch, blocks_each, dtype=torch.int64, device=device)
         self.decoder = FusedDecoder(self.model, self.cache, group, self.tokens_RL, self.tables_RB, max_num_seqs=batch)

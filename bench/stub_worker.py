@@ -31,6 +31,7 @@ class StubNetwork:
 
     improvable = False
     lone_step_s = None
+    drawn_N: torch.Tensor | None = None
 
     def __init__(self, vocab_size: int) -> None:
         self._logits_1V = torch.randn(1, vocab_size, generator=torch.Generator().manual_seed(0))

@@ -6,6 +6,7 @@ Shape suffixes: N draws of a step, V vocabulary, R, L as in `rows.py`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import numpy as np
@@ -50,15 +51,19 @@ class Draws:
 
     Attributes:
         seqs: who draws, one a draw.
-        positions_N: where the token drawn will stand.
-        max_position: the highest of them.
+        positions: where the token drawn will stand.
         static: what is the same from step to step.
     """
 
     seqs: list[Sequence]
-    positions_N: torch.Tensor
-    max_position: int
+    positions: list[int]
     static: _Static
+    upload: Uploader
+
+    @functools.cached_property
+    def device_positions(self) -> torch.Tensor:
+        """`positions` on the device, int64 [N]: sent when they are first asked for."""
+        return self.upload(self.positions, np.int64)
 
     def batch(self, state: BatchState, allowed_NW: torch.Tensor | None) -> SamplingBatch:
         """The sampler's view of the rows; runs on the device."""
@@ -69,11 +74,11 @@ class Draws:
             top_p_N=s.top_p_N if s.decay is None else self._decayed_top_p(state, s.decay[1]),
             min_p_N=s.min_p_N,
             seed_N=s.seed_N,
-            position_N=self.positions_N,
+            position_N=self.device_positions,
             any_random=s.any_random,
             any_filter=s.any_filter,
             any_min_p=s.any_min_p,
-            history_NL=state.tokens_RL[s.rows_N, : self.max_position] if s.reads_history else None,
+            history_NL=state.tokens_RL[s.rows_N, : max(self.positions)] if s.reads_history else None,
             penalties=s.penalties,
             bias=s.bias,
             bad_words=s.bad_words,
@@ -88,7 +93,7 @@ class Draws:
     def store(self, state: BatchState, tokens_N: torch.Tensor) -> None:
         """Writes the tokens drawn into the rows; runs on the device."""
         s = self.static
-        state.tokens_RL[s.rows_N, self.positions_N] = tokens_N
+        state.tokens_RL[s.rows_N, self.device_positions] = tokens_N
         if s.decay is not None:
             state.top_p_R[s.rows_N] = next_top_p(state.top_p_R[s.rows_N], tokens_N, *s.decay)
 
@@ -107,15 +112,19 @@ class DrawBuilder:
         self._rows: list[int | None] = []
         self._static: _Static | None = None
 
-    def build(self, seqs: list[Sequence], positions: list[int]) -> Draws:
+    def build(self, seqs: list[Sequence], positions: list[int], *, send: bool = True) -> Draws:
         """Args:
         seqs: who draws.
         positions: where the tokens will stand.
+        send: to the device at once; otherwise when they are asked for.
         """
         rows = [seq.row for seq in seqs]
         if self._static is None or self._static.min_tokens or rows != self._rows or seqs != self._seqs:
             self._static, self._seqs, self._rows = self._make_static(seqs, positions), seqs, rows
-        return Draws(seqs, self._upload(positions, np.int64), max(positions), self._static)
+        draws = Draws(seqs, positions, self._static, self._upload)
+        if send:
+            _ = draws.device_positions
+        return draws
 
     def _make_static(self, seqs: list[Sequence], positions: list[int]) -> _Static:
         upload, params = self._upload, [seq.params for seq in seqs]

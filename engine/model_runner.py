@@ -163,7 +163,8 @@ class ModelRunner:
 
         computed = self._queue.submit(network)
         # What only the draws need is made while the device has something to do.
-        draws = self._draws.build(drawing, draw_positions) if drawing else None
+        drawn = self.network.drawn_N is not None  # on CUDA; on a CPU the network may not have begun, and never draws
+        draws = self._draws.build(drawing, draw_positions, send=not drawn) if drawing else None
         step = Step(draws, computed, prompt)
         step.marks = marks
         for i in range(1, plan.entries[0].num_steps):  # of a sequence alone
@@ -236,9 +237,11 @@ class ModelRunner:
     def _draw(
         self, draws: Draws, raw_NV: torch.Tensor, allowed: torch.Tensor | None, out: dict[str, torch.Tensor]
     ) -> None:
-        static, processed_NV = draws.static, raw_NV
+        static, processed_NV, drawn_N = draws.static, raw_NV, self.network.drawn_N
         if static.is_greedy and allowed is None:
-            tokens_N = self.network.draw_greedy(raw_NV, static.rows_N, draws.positions_N)
+            if drawn_N is None:
+                drawn_N = self.network.draw_greedy(raw_NV, static.rows_N, draws.device_positions)
+            tokens_N = drawn_N
         else:
             batch = draws.batch(self._state, allowed)
             processed_NV = process_logits(raw_NV, batch)

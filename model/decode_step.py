@@ -19,6 +19,7 @@ import torch.distributed as dist
 from tpserve.model.head import head_product
 from tpserve.model.kernels import linear, norm, pointwise
 from tpserve.model.kernels.all_reduce import WordExchange
+from tpserve.model.kernels.draw import GreedyDraws
 from tpserve.model.kernels.mixed import matmul
 from tpserve.model.kernels.paged_attention import choose_splits, decode_scratch, paged_decode_attention
 from tpserve.model.kernels.rope import rope_and_write
@@ -76,6 +77,7 @@ class DecodeStep:
         rows_S, positions_S: int64 input; position -1 is padding.
         layers: the joined weights.
         logits_SV: float32 output.
+        draws: of the most probable tokens, each written behind its row's position.
         tiles: of their products by S; tuning may put others here.
     """
 
@@ -118,6 +120,7 @@ class DecodeStep:
         self._normed = norm.Normed(residual_SD, x_SD, sums, args.norm_eps)
         self._share = chunk_bounds(args.vocab_size, tp.size)[0][1]
         self.logits_SV = zeros(rows, args.vocab_size, dtype=torch.float32)
+        self.draws = GreedyDraws(rows, tokens_RL)
         if tp.size > 1:
             self._own_logits_SV = zeros(rows, self._head_VD.shape[0], dtype=torch.float32)
         processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
@@ -166,7 +169,7 @@ class DecodeStep:
         )
 
     def enqueue(self, s: int, num_layers: int | None = None) -> None:
-        """One step of the first `s` input rows; leaves logits for as many.
+        """One step of the first `s` input rows; leaves logits for as many, and their greedy tokens.
 
         Args:
             num_layers: of which the step is made, at most; None: all.
@@ -195,6 +198,8 @@ class DecodeStep:
             tile = self.tiles[s].down if few else None
             parts = self._add(self._act_SF, layer.w2_DF, gains[i + 1], s, 2 * i + 1, tile)
         self._logits(parts, s)
+        # Who draws otherwise writes over it.
+        self.draws(self.logits_SV[:s], self.rows_S[:s], self.positions_S[:s], 1, pdl=self._pdl)
 
     def _multiply(self, w_ND: Matrix, s: int) -> torch.Tensor:
         """The normed rows times a joined matrix, [s, N]."""

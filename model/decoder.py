@@ -32,7 +32,8 @@ class FusedDecoder:
         model: on its device; `supports` says yes to it.
         cache: where keys and values live.
         tp: this rank's place.
-        tokens_RL: int64, the tokens of each row; the graph reads a sequence's token at its position.
+        tokens_RL: int64, the tokens of each row; the graph reads a sequence's token at its position, and writes
+            the most probable next one behind it.
         tables_RB: int64 block tables.
         max_num_seqs: the largest batch.
         buckets: batch sizes; None: `default_buckets`.
@@ -53,10 +54,11 @@ class FusedDecoder:
         buckets: Sequence[int] | None = None,
     ) -> None:
         from tpserve.model.decode_step import DecodeStep  # needs Triton
+        from tpserve.model.kernels.staging import stage_decodes
 
         self.buckets = sorted(set(buckets or default_buckets(max_num_seqs)))
         self.step = DecodeStep(model, cache, tp, tokens_RL, tables_RB, self.buckets)
-        self._device = tokens_RL.device
+        self._device, self._stage_decodes = tokens_RL.device, stage_decodes
         self.wanted: int | None = None
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
@@ -97,6 +99,9 @@ class FusedDecoder:
         self._graphs[bucket] = graph
         self.wanted = None
 
+    def _stage(self, bucket: int, rows_N: torch.Tensor, positions_N: torch.Tensor) -> None:
+        self._stage_decodes(bucket, rows_N, positions_N, self.step.rows_S, self.step.positions_S)
+
     @property
     def missing(self) -> list[int]:
         """Buckets without a graph, ascending."""
@@ -106,6 +111,7 @@ class FusedDecoder:
         """A step of padding of every bucket, so that `compiled_together` sees all kernels: of two layers, for the first
         one's norm has its sums from the embedding, in other parts than the others' from the products before them."""
         self.step.positions_S.fill_(-1)
+        self._stage(1, self.step.rows_S[:1], self.step.positions_S[:1])
         for bucket in self.buckets:
             self.step.enqueue(bucket, num_layers=2)
 
@@ -126,14 +132,12 @@ class FusedDecoder:
             positions_N: int64, the position of the token that each computes.
 
         Returns:
-            float32 logits [N, V], the same bits on every rank; overwritten by the next call.
+            float32 logits [N, V], the same bits on every rank; overwritten by the next call. The most probable token
+            of each row is in `step.draws`, and in the row behind its position.
         """
         n = len(rows_N)
         bucket = min(bucket for bucket in self.buckets if bucket >= n)
-        self.step.rows_S[:n].copy_(rows_N)
-        self.step.positions_S[:n].copy_(positions_N)
-        if n < bucket:
-            self.step.positions_S[n:bucket].fill_(-1)
+        self._stage(bucket, rows_N, positions_N)
         if bucket in self._graphs:
             self._graphs[bucket].replay()
         else:

@@ -60,6 +60,7 @@ class FusedNetwork:
         from tpserve.model.share_exchange import ShareExchange
 
         self._tokens_RL, self._chunks, self._tp = tokens_RL, Chunks, tp
+        self.drawn_N: torch.Tensor | None = None
         weight = model.output.weight
         few = RowExchange.make(tp, BUCKETS[-1], model.args.dim, weight.dtype, weight.device)
         many = None
@@ -75,9 +76,13 @@ class FusedNetwork:
     def __call__(self, inputs: StepInputs) -> torch.Tensor:
         """See `Network`."""
         rows_T, positions_T, decoder = inputs.rows_T, inputs.positions_T, self._decoder
+        self.drawn_N = None
         if inputs.chunks_3P is None and decoder.fits(len(rows_T)):
             logits_TV = decoder(rows_T, positions_T)
-            return logits_TV if inputs.logits_rows_N is None else logits_TV[inputs.logits_rows_N]
+            if inputs.logits_rows_N is not None:
+                return logits_TV[inputs.logits_rows_N]
+            self.drawn_N = decoder.step.draws.drawn_S[: len(rows_T)]
+            return logits_TV
         chunks, graphs = None, self._chunk_graphs
         if inputs.chunks_3P is not None:
             parts = len(inputs.decode_lens) + len(inputs.prefills)

@@ -58,7 +58,14 @@ class StepInputs:
 
 
 class Network(Protocol):
-    """Computes steps."""
+    """Computes steps.
+
+    Attributes:
+        drawn_N: what `draw_greedy` would draw from all of the last call's logits, if it is drawn and written already,
+            one place behind each row's position; good until the next call. None: it is not.
+    """
+
+    drawn_N: torch.Tensor | None
 
     def __call__(self, inputs: StepInputs) -> torch.Tensor:
         """Writes the step's keys and values into the cache; float32 logits [N, V], good until the next call."""
@@ -106,6 +113,7 @@ class _Finished:
 
     improvable = False
     lone_step_s: float | None = None
+    drawn_N: torch.Tensor | None = None
 
     def improve(self, idle: bool) -> None:
         """Nothing."""

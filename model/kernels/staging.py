@@ -1,6 +1,6 @@
 """A step's description into the buffers that a graph reads, padding included, in one launch.
 
-Shape suffixes: T tokens, P parts (sequences), N rows whose logits are asked for.
+Shape suffixes: S rows of a decode step, T tokens, P parts (sequences), N rows whose logits are asked for.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
@@ -61,6 +61,15 @@ class Staged:
         )  # fmt: skip
 
 
+def stage_decodes(
+    bucket: int, rows_N: torch.Tensor, positions_N: torch.Tensor, rows_S: torch.Tensor, positions_S: torch.Tensor
+) -> None:
+    """The same for a decode step: fills the first `bucket` of `rows_S` and `positions_S`."""
+    _stage_decodes_kernel[(triton.cdiv(bucket, 256),)](
+        rows_N, positions_N, rows_S, positions_S, len(rows_N), bucket, C=256
+    )
+
+
 # Alignment and values change from step to step: they must not make another variant.
 _VARYING = ["rows_ptr", "positions_ptr", "chunks_ptr", "logits_ptr", "t", "s", "p", "n", "all_rows", "bucket"]
 
@@ -88,3 +97,11 @@ def _stage_kernel(
         tl.store(contexts_out + i, context, mask=inside)
         asked = tl.load(logits_ptr + i, mask=i < n, other=0)
         tl.store(logits_out + i, tl.where((all_rows != 0) & (i < n), i, asked), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows_ptr", "positions_ptr", "n", "bucket"])
+def _stage_decodes_kernel(rows_ptr, positions_ptr, rows_out, positions_out, n, bucket, C: tl.constexpr):
+    at = tl.program_id(0) * C + tl.arange(0, C)
+    there, room = at < n, at < bucket
+    tl.store(rows_out + at, tl.load(rows_ptr + at, mask=there, other=0), mask=room)
+    tl.store(positions_out + at, tl.load(positions_ptr + at, mask=there, other=-1), mask=room)

@@ -18,6 +18,7 @@ class Improvable:
     def __init__(self, network: object) -> None:
         self._network = network
         self.draw_greedy = network.draw_greedy  # type: ignore[attr-defined]
+        self.drawn_N = None
         self.log: list[str] = []
 
     def __call__(self, inputs: object) -> object:
