@@ -114,7 +114,8 @@ def measure_decode(heads: int, kv_heads: int, lens: list[int], block_size: int) 
     make = functools.partial(paged, heads=heads, kv_heads=kv_heads, width=E, dtype=dtype, block_size=block_size)
     cases = [make([n - 1 for n in lens], [1] * S) for _ in range(min(max(2, -(-4 * _L2_BYTES // bytes_each)), 40))]
     # As captured in an engine: for sequences that may grow to 16384 tokens.
-    splits = choose_splits(S, heads, kv_heads, E, 16384, torch.cuda.get_device_properties().multi_processor_count)
+    processors = torch.cuda.get_device_properties().multi_processor_count
+    splits = choose_splits(S, heads, cases[0].k_cache, dtype, 16384, processors)
     scratch = decode_scratch(S, heads, E, splits, cases[0].q_THE.device)
     out = torch.empty(S, heads, E, dtype=dtype, device="cuda")
 

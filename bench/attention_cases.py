@@ -38,7 +38,7 @@ class Paged:
     def decode(self, num_splits: int | None = None) -> torch.Tensor:
         """`paged_decode_attention` into a poisoned output."""
         S, H, E = self.q_THE.shape
-        splits = num_splits or choose_splits(S, H, self.k_cache.shape[1], E, int(self.lens.max()), 132)
+        splits = num_splits or choose_splits(S, H, self.k_cache, self.q_THE.dtype, int(self.lens.max()), 132)
         scratch, out = decode_scratch(S, H, E, splits, self.q_THE.device), torch.full_like(self.q_THE, float("nan"))
         paged_decode_attention(
             self.q_THE, self.k_cache, self.v_cache, self.tables_RB, self.rows, self.lens, out, scratch,

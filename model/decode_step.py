@@ -96,7 +96,7 @@ class DecodeStep:
         self._embeddings_VD, self._norm_D = model.tok_embeddings.weight.detach(), model.norm.weight.detach()
         self._head_VD, self._rope_PC2 = Matrix(model.output.weight.detach()), model.rope_PC2
         first, e = self.layers[0], args.head_dim
-        h, kv_heads, f = first.wo_DN.shape[1] // e, cache.k[0].shape[1], first.w2_DF.shape[1]
+        h, f = first.wo_DN.shape[1] // e, first.w2_DF.shape[1]
         largest = batch_sizes[-1]
         rows = max(largest, linear.MAX_ROWS)
 
@@ -124,7 +124,7 @@ class DecodeStep:
         if tp.size > 1:
             self._own_logits_SV = zeros(rows, self._head_VD.shape[0], dtype=torch.float32)
         processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-        self._splits = {s: choose_splits(s, h, kv_heads, e, tokens_RL.shape[1], processors) for s in batch_sizes}
+        self._splits = {s: choose_splits(s, h, cache.k[0], dtype, tokens_RL.shape[1], processors) for s in batch_sizes}
         items = max(s * splits for s, splits in self._splits.items())
         self._scratch = decode_scratch(largest, h, e, -(-items // largest), device)
         weights = (first.wqkv_ND, first.wo_DN, first.w13_ND, first.w2_DF)

@@ -75,7 +75,6 @@ class FusedForward:
         self._row_exchange, self._share_exchange = row_exchange, share_exchange
         self._tables_RB = tables_RB
         self._head_dim = model.args.head_dim
-        self._kv_heads = cache.k[0].shape[1]
         self._heads = layers[0].wo_DN.shape[1] // self._head_dim
         self._max_len = tables_RB.shape[1] * cache.block_size
         self._processors = torch.cuda.get_device_properties(tables_RB.device).multi_processor_count
@@ -163,7 +162,7 @@ class FusedForward:
         if not num_decodes:
             return None, 0
         splits = choose_splits(
-            num_decodes, self._heads, self._kv_heads, self._head_dim, self._max_len, self._processors
+            num_decodes, self._heads, self._cache.k[0], self._model.output.weight.dtype, self._max_len, self._processors
         )
         device = self._tables_RB.device
         return decode_scratch(num_decodes, self._heads, self._head_dim, splits, device), splits

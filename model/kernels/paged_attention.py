@@ -27,9 +27,27 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tpserve.model.kernels.attend import attend, beside_float8
 
-# Pairs of a sequence and a key/value head: with so many, sequences are split only for balance.
-_MANY = 256
-_MAX_SPLITS = 64
+_MAX_PARTS = 64  # of a sequence: to add them up takes time, too
+_MANY = 2048  # pairs of a sequence and a key/value head
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How a launch is cut.
+
+    Attributes:
+        keys: of a tile.
+        warps: of a program.
+        stages: tiles in flight, and one.
+        least: keys that an item has at least.
+        programs: a processor, of the items that lengths are cut into.
+    """
+
+    keys: int
+    warps: int
+    stages: int
+    least: int
+    programs: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,25 +81,15 @@ def _has_room(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
-def _tiles(S: int, G: int, k_cache: torch.Tensor, dtype: torch.dtype) -> tuple[int, int, int, int]:
-    """(keys a tile, warps a program, tiles in flight + 1, keys an item has at least), as measured on an H200.
-
-    One warp needs no barriers, but takes long alone: programs of fewer pairs have more warps, and larger tiles. Items
-    are added up in the time of some hundred keys.
-    """
+def _config(S: int, G: int, k_cache: torch.Tensor, dtype: torch.dtype) -> Config:
+    """As measured on an H200. One warp needs no barriers. As many programs as fit: fewer would crowd on the processors
+    that the kernel before leaves first. Items are added up in the time of some hundred keys."""
     if dtype == torch.float32:
-        return 16, 4, 1, 16 * max(1, G // 2)
+        return Config(16, 4, 1, 16 * max(1, G // 2), 2)
     _, K, E = k_cache.shape
-    small = 32, 1, 3, 32 * max(1, G // 2)
-    if E > 128 or not _has_room(k_cache.device):
-        return small
-    if S == 1:
-        return 128, 4, 3, 128
-    if k_cache.dtype == torch.float8_e4m3fn:
-        return small
-    if S * K >= _MANY:
-        return 32, 1, 4 if S * K < 8 * _MANY else 3, 128
-    return 64, 2, 4, 128
+    if E > 128 or not _has_room(k_cache.device) or (k_cache.dtype == torch.float8_e4m3fn and S > 1):
+        return Config(32, 1, 3, 32 * max(1, G // 2), 2)
+    return Config(32, 1, 4 if S * K < _MANY else 3, 128, 4)
 
 
 def _padded_sequences(S: int) -> int:
@@ -93,22 +101,28 @@ def decode_variants(max_S: int, H: int, k_cache: torch.Tensor, dtype: torch.dtyp
     G = H // k_cache.shape[1]
     first: dict[object, int] = {}
     for S in range(1, max_S + 1):
-        first.setdefault((_padded_sequences(S), _tiles(S, G, k_cache, dtype)), S)
+        first.setdefault((_padded_sequences(S), _config(S, G, k_cache, dtype)), S)
     return list(first.values())
 
 
-def choose_splits(S: int, H: int, K: int, E: int, max_len: int, num_sms: int) -> int:
-    """Items a sequence, for a graph captured for S sequences of up to `max_len` keys: a program or two a processor, by
-    how large they are (`_tiles`)."""
-    waves = 1 if S == 1 and E <= 128 else 2
-    # A program that adds up G heads of many items takes longer than their keys took.
-    most = _MAX_SPLITS if H == K else _MAX_SPLITS // 2
-    shares = 1 if S * K >= _MANY else min(max(1, waves * num_sms // (S * K)), -(-max_len // 32), most)
-    return shares + (S > 1)
+def _max_parts(G: int) -> int:
+    """A program that adds up G heads of many parts takes longer than their keys took."""
+    return _MAX_PARTS if G == 1 else _MAX_PARTS // 2
+
+
+def choose_splits(S: int, H: int, k_cache: torch.Tensor, dtype: torch.dtype, max_len: int, num_sms: int) -> int:
+    """Items a sequence, for a graph captured for S sequences of up to `max_len` keys: as many as all processors take at
+    a time, and at least one."""
+    K = k_cache.shape[1]
+    programs = _config(S, H // K, k_cache, dtype).programs * num_sms
+    return min(max(1, programs // (S * K)), -(-max_len // 32), _max_parts(H // K)) + (S > 1)
 
 
 @triton.jit
-def _find_item(item, num_seqs, shares, lens_ptr, rows_ptr, SP: tl.constexpr, BN: tl.constexpr, LEAST: tl.constexpr):
+def _find_item(
+    item, num_seqs, shares, lens_ptr, rows_ptr, SP: tl.constexpr, BN: tl.constexpr, LEAST: tl.constexpr,
+    MOST: tl.constexpr,
+):  # fmt: skip
     """(sequence, its table row, its length, its number of items, its first item) of an item; sequence >= num_seqs:
     there is no such item."""
     if SP == 1:
@@ -122,6 +136,7 @@ def _find_item(item, num_seqs, shares, lens_ptr, rows_ptr, SP: tl.constexpr, BN:
     # 64 bits: 1024 sequences of a million tokens are 2^30 keys.
     total = tl.sum(lens.to(tl.int64), 0)
     stretch = tl.maximum((tl.cdiv(total, shares * BN) * BN).to(tl.int32), LEAST)
+    stretch = tl.maximum(stretch, tl.cdiv(tl.max(lens, 0), MOST * BN) * BN)
     # Padding has one item too: somebody has to write its zeros.
     splits = tl.where(seqs < num_seqs, tl.maximum(tl.cdiv(lens, stretch), 1), 0)
     ends = tl.cumsum(splits, 0)
@@ -164,10 +179,10 @@ def _decode_kernel(
     num_seqs, shares, q_stride, out_stride, table_stride, scale,
     K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, SP: tl.constexpr,
     BLOCK: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, CS: tl.constexpr, CG: tl.constexpr,
-    LEAST: tl.constexpr, OFFSET: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    LEAST: tl.constexpr, MOST: tl.constexpr, OFFSET: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     item, head = tl.program_id(0) // K, tl.program_id(0) % K
-    seq, row, length, splits, first = _find_item(item, num_seqs, shares, lens_ptr, rows_ptr, SP, BN, LEAST)
+    seq, row, length, splits, first = _find_item(item, num_seqs, shares, lens_ptr, rows_ptr, SP, BN, LEAST, MOST)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -234,7 +249,7 @@ def paged_decode_attention(
     block_size: int,
     num_splits: int,
     pdl: bool = False,
-    config: tuple[int, int, int, int] | None = None,
+    config: Config | None = None,
 ) -> None:
     """Attends one token of each sequence to all its keys; nothing here waits for the device.
 
@@ -247,12 +262,12 @@ def paged_decode_attention(
         num_splits: items a sequence, see `choose_splits`.
         pdl: programmatic dependent launch: starts while the kernel before still runs, of which `rows_S` and `lens_S`
             must then not be the outputs.
-        config: (keys a tile, warps, pipeline stages, keys an item has at least) in place of the tuned ones.
+        config: in place of the tuned one.
     """
     S, H, E = q_SHE.shape
     K = k_cache.shape[1]
     G = H // K
-    BN, warps, stages, least = config or _tiles(S, G, k_cache, q_SHE.dtype)
+    config = config or _config(S, G, k_cache, q_SHE.dtype)
     CG = triton.next_power_of_2(G)
     _decode_kernel[(S * num_splits * K,)](
         q_SHE, k_cache, v_cache, tables_RB, rows_S, lens_S, out_SHE, scratch.partial, scratch.lse, scratch.arrived,
@@ -260,8 +275,9 @@ def paged_decode_attention(
         q_SHE.stride(0), out_SHE.stride(0), tables_RB.stride(0), math.log2(math.e) / math.sqrt(E),
         K=K, G=G, GP=max(8, CG), E=E, EP=max(16, triton.next_power_of_2(E)),
         SP=_padded_sequences(S),
-        BLOCK=block_size, BN=BN, STAGES=stages, CS=max(1, 16 * warps // CG), CG=CG, LEAST=least,
+        BLOCK=block_size, BN=config.keys, STAGES=config.stages, CS=max(1, 16 * config.warps // CG), CG=CG,
+        LEAST=config.least, MOST=_max_parts(G),
         OFFSET=tl.int32 if k_cache.numel() < 2**31 else tl.int64,
         PRECISION="ieee" if q_SHE.dtype == torch.float32 else "tf32", PDL=pdl,
-        num_warps=warps, launch_pdl=pdl,
+        num_warps=config.warps, launch_pdl=pdl,
     )  # fmt: skip
