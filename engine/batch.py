@@ -53,6 +53,7 @@ class Draws:
         seqs: who draws, one a draw.
         positions: where the token drawn will stand.
         static: what is the same from step to step.
+        upload: to the device.
     """
 
     seqs: list[Sequence]

@@ -190,6 +190,7 @@ class ModelRunner:
                 drawn_NV = logits_NV if step.prompt is None else logits_NV[: step.num_draws]
                 self._draw(step.draws, drawn_NV, allowed, fetched.tensors)
             if step.following:
+                assert self.network.drawn_N is None, "the next call would write over the tokens"
                 drawn = [fetched.tensors]
                 for inputs, later in step.following:
                     drawn.append({})

@@ -2,7 +2,7 @@
 
 The graph reads and writes where the engine's own state is (tokens, block tables, the paged cache), so a step is given
 two numbers a sequence: its row and its position. Buckets are the batch sizes that graphs exist for; a smaller batch is
-padded with entries of position -1, which read nobody's tokens, write no keys and attend to nothing.
+padded with entries of position -1, which read nobody's tokens, write no keys, attend to nothing and draw nothing.
 """
 
 from __future__ import annotations

@@ -62,7 +62,8 @@ class Network(Protocol):
 
     Attributes:
         drawn_N: what `draw_greedy` would draw from all of the last call's logits, if it is drawn and written already,
-            one place behind each row's position; good until the next call. None: it is not.
+            one place behind each row's position; good until the next call. None: it is not. A row with NaN may
+            get another token.
     """
 
     drawn_N: torch.Tensor | None

@@ -28,7 +28,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from tpserve.model.kernels.attend import attend, beside_float8
 
 _MAX_PARTS = 64  # of a sequence: to add them up takes time, too
-_MANY = 2048  # pairs of a sequence and a key/value head
+_LONG = 1024  # keys of an item, from which on there may be more parts
+_MANY = 2048  # pairs of a sequence and a key/value head: one tile fewer in flight is as fast, and leaves room
+_FEW = 128  # programs: small tiles in flight would not keep the memory busy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,13 +84,15 @@ def _has_room(device: torch.device) -> bool:
 
 
 def _config(S: int, G: int, k_cache: torch.Tensor, dtype: torch.dtype) -> Config:
-    """As measured on an H200. One warp needs no barriers. As many programs as fit: fewer would crowd on the processors
-    that the kernel before leaves first. Items are added up in the time of some hundred keys."""
+    """As measured on an H200. One warp needs no barriers. Where there is room, as many programs as fit: fewer crowd
+    on the processors that the kernel before leaves first. Items are added up in the time of some hundred keys."""
     if dtype == torch.float32:
         return Config(16, 4, 1, 16 * max(1, G // 2), 2)
     _, K, E = k_cache.shape
     if E > 128 or not _has_room(k_cache.device) or (k_cache.dtype == torch.float8_e4m3fn and S > 1):
         return Config(32, 1, 3, 32 * max(1, G // 2), 2)
+    if S * K * _max_parts(G) < _FEW:
+        return Config(128, 4, 3, 128 if G == 1 else 256, 1)
     return Config(32, 1, 4 if S * K < _MANY else 3, 128, 4)
 
 
@@ -114,14 +118,15 @@ def choose_splits(S: int, H: int, k_cache: torch.Tensor, dtype: torch.dtype, max
     """Items a sequence, for a graph captured for S sequences of up to `max_len` keys: as many as all processors take at
     a time, and at least one."""
     K = k_cache.shape[1]
-    programs = _config(S, H // K, k_cache, dtype).programs * num_sms
-    return min(max(1, programs // (S * K)), -(-max_len // 32), _max_parts(H // K)) + (S > 1)
+    config = _config(S, H // K, k_cache, dtype)
+    fitting = config.programs * num_sms // (S * K)
+    return min(max(1, fitting), -(-max_len // config.least), _max_parts(H // K)) + (S > 1)
 
 
 @triton.jit
 def _find_item(
     item, num_seqs, shares, lens_ptr, rows_ptr, SP: tl.constexpr, BN: tl.constexpr, LEAST: tl.constexpr,
-    MOST: tl.constexpr,
+    MOST: tl.constexpr, LONG: tl.constexpr,
 ):  # fmt: skip
     """(sequence, its table row, its length, its number of items, its first item) of an item; sequence >= num_seqs:
     there is no such item."""
@@ -136,7 +141,7 @@ def _find_item(
     # 64 bits: 1024 sequences of a million tokens are 2^30 keys.
     total = tl.sum(lens.to(tl.int64), 0)
     stretch = tl.maximum((tl.cdiv(total, shares * BN) * BN).to(tl.int32), LEAST)
-    stretch = tl.maximum(stretch, tl.cdiv(tl.max(lens, 0), MOST * BN) * BN)
+    stretch = tl.maximum(stretch, tl.minimum(tl.cdiv(tl.max(lens, 0), MOST * BN) * BN, LONG))
     # Padding has one item too: somebody has to write its zeros.
     splits = tl.where(seqs < num_seqs, tl.maximum(tl.cdiv(lens, stretch), 1), 0)
     ends = tl.cumsum(splits, 0)
@@ -179,10 +184,11 @@ def _decode_kernel(
     num_seqs, shares, q_stride, out_stride, table_stride, scale,
     K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, SP: tl.constexpr,
     BLOCK: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, CS: tl.constexpr, CG: tl.constexpr,
-    LEAST: tl.constexpr, MOST: tl.constexpr, OFFSET: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    LEAST: tl.constexpr, MOST: tl.constexpr, LONG: tl.constexpr, OFFSET: tl.constexpr, PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     item, head = tl.program_id(0) // K, tl.program_id(0) % K
-    seq, row, length, splits, first = _find_item(item, num_seqs, shares, lens_ptr, rows_ptr, SP, BN, LEAST, MOST)
+    seq, row, length, splits, first = _find_item(item, num_seqs, shares, lens_ptr, rows_ptr, SP, BN, LEAST, MOST, LONG)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -276,7 +282,7 @@ def paged_decode_attention(
         K=K, G=G, GP=max(8, CG), E=E, EP=max(16, triton.next_power_of_2(E)),
         SP=_padded_sequences(S),
         BLOCK=block_size, BN=config.keys, STAGES=config.stages, CS=max(1, 16 * config.warps // CG), CG=CG,
-        LEAST=config.least, MOST=_max_parts(G),
+        LEAST=config.least, MOST=_max_parts(G), LONG=_LONG,
         OFFSET=tl.int32 if k_cache.numel() < 2**31 else tl.int64,
         PRECISION="ieee" if q_SHE.dtype == torch.float32 else "tf32", PDL=pdl,
         num_warps=config.warps, launch_pdl=pdl,

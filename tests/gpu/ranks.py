@@ -129,6 +129,7 @@ def main() -> None:
             every = [torch.empty_like(logits) for _ in range(tp.size)]
             dist.all_gather(every, logits)
             assert all(torch.equal(other, logits) for other in every), f"{n} sequences: the ranks differ"
+            assert torch.equal(setup.decoder.step.draws.drawn_S[:n], logits.argmax(-1)), f"{n} sequences: draws"
             # Logits are gathered, and so are alike whatever a rank has; what they are made of must be, too.
             normed = setup.decoder.step.normed[:n].clone()
             whole = [torch.empty_like(normed) for _ in range(tp.size)]
