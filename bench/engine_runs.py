@@ -25,7 +25,7 @@ from tpserve.engine.sampling_params import SamplingParams
 from tpserve.model.args import ModelArgs
 from tpserve.model.checkpoint import CheckpointInfo
 
-_CAPTURES_S = 4.0  # graphs are captured behind the first requests; what is measured then is how it goes on
+_CAPTURES_S = 4.0  # GPUs: graphs are captured behind the first requests; what is measured then is how it goes on
 
 MODELS: dict[str, dict[str, Any]] = {
     "7B": {"dim": 4096, "n_layers": 32, "n_heads": 32, "multiple_of": 256, "norm_eps": 1e-5, "vocab_size": 32000},
@@ -101,7 +101,8 @@ class Engine:
         self.info = self.client.start()
         self.run(1, 8, 1)
         self.start_s = time.monotonic() - started_s
-        time.sleep(_CAPTURES_S)
+        if self.info.device != "cpu":
+            time.sleep(_CAPTURES_S)
 
     def run(self, n: int, prompt_tokens: int, new: int) -> float:
         """Seconds that `n` requests take together."""
