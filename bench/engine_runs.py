@@ -1,10 +1,11 @@
 """Latency and throughput of the whole engine, for `gpu`, `cpu` and `offline`: at a model's real shapes with random
 weights, or of a checkpoint.
 
-Random prompts, greedy, no EOS; client, sockets, scheduler, paged cache and sampler are those that serve. The method is
-that of the peer's benchmark: time to first token is the fastest of four runs of one token; a step is the difference to
-the fastest of two runs of `new` tokens, divided by the steps between; throughput is the median over several runs of all
-output tokens by the time from the first submission to the last token. `roofline` says what each could have taken.
+Random prompts, greedy unless asked otherwise, no EOS; client, sockets, scheduler, paged cache and sampler are those
+that serve. The method is that of the peer's benchmark: time to first token is the fastest of four runs of one token; a
+step is the difference to the fastest of two runs of `new` tokens, divided by the steps between; throughput is the
+median over several runs of all output tokens by the time from the first submission to the last token. `roofline` says
+what each could have taken.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 from tpserve.convert.describe import describe
 from tpserve.engine.client import EngineClient
 from tpserve.engine.config import EngineConfig
+from tpserve.engine.options import split_options
 from tpserve.engine.protocol import RequestOutput
 from tpserve.engine.sampling_params import SamplingParams
 from tpserve.model.args import ModelArgs
@@ -42,12 +44,12 @@ MODELS: dict[str, dict[str, Any]] = {
 class _Batch:
     """Requests that are submitted together and waited for."""
 
-    def __init__(self, client: EngineClient, prompts: list[list[int]], new: int) -> None:
+    def __init__(self, client: EngineClient, prompts: list[list[int]], new: int, sampling: dict[str, Any]) -> None:
         self._left = len(prompts)
         self._lock = threading.Lock()
         self._done = threading.Event()
         self.tokens = 0
-        params = SamplingParams(max_new_tokens=new, ignore_eos=True)
+        params = SamplingParams(max_new_tokens=new, ignore_eos=True, **sampling)
         for i, prompt in enumerate(prompts):
             client.submit(f"{id(self)}/{i}", prompt, params, self._take)
 
@@ -72,7 +74,7 @@ class Engine:
         model: a key of `MODELS`, or a checkpoint of any form.
         tp: ranks.
         dtype: of weights and activations.
-        options: further configuration, over what is set here.
+        options: further configuration, over what is set here, and sampling fields.
 
     Attributes:
         args: the model's shape.
@@ -89,9 +91,10 @@ class Engine:
         else:
             self.args = describe(Path(model)).args
         self._rng = random.Random(0)
+        configured, self._sampling = split_options(options)
         settings = {
             "standby": False, "max_seq_len": 2048, "max_num_seqs": 256, "max_num_batched_tokens": 8192,
-            "enable_prefix_caching": False, **options,
+            "enable_prefix_caching": False, **configured,
         }  # fmt: skip
         config = EngineConfig(
             checkpoint_dir=checkpoint, load_format=load_format, tensor_parallel_size=tp, dtype=dtype, **settings
@@ -109,7 +112,7 @@ class Engine:
         vocab = self.args.vocab_size
         prompts = [[self._rng.randrange(10, vocab - 10) for _ in range(prompt_tokens)] for _ in range(n)]
         started_s = time.perf_counter()
-        batch = _Batch(self.client, prompts, new)
+        batch = _Batch(self.client, prompts, new, self._sampling)
         batch.wait()
         elapsed_s = time.perf_counter() - started_s
         assert batch.tokens == n * new, "tokens are missing"

@@ -100,7 +100,7 @@ def measure(
         dtype: of weights and activations.
         new: tokens of a latency run.
         bandwidth: of the device's memory, bytes a second.
-        options: keys of the engine's configuration.
+        options: keys of the engine's configuration, and sampling fields.
         ceilings: of one of the devices, as just measured; None: no rooflines.
     """
     engine = Engine(what.model, what.tp, dtype, **options)
@@ -225,7 +225,7 @@ def main(
         dtype: of weights and activations.
         peer: a command that measures the same of something else.
         check: kernels first (not with `model`).
-        options: keys of the engine's configuration.
+        options: keys of the engine's configuration, and sampling fields: `--temperature 0.6 --top_p 0.9`.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     kernels: dict[str, Any] = {}
@@ -249,7 +249,8 @@ def main(
     print_table(rows)
     device = torch.cuda.get_device_name() if gpus else "CPU"
     figures = {"device": device, "gpus": gpus, "dtype": dtype, "kernels": kernels, "options": options, "rows": rows}
-    name = f"gpu_{model}_tp{tp}" if model else f"{device.replace(' ', '-')}-x{gpus}-{commit()}"
+    drawn = "_sampled" if options.get("temperature") else ""
+    name = f"gpu_{model}_tp{tp}{drawn}" if model else f"{device.replace(' ', '-')}-x{gpus}-{commit()}"
     write_result(name, f"python -m tpserve.bench.gpu {' '.join(sys.argv[1:])}".strip(), figures)
     sys.exit(bool(kernels.get("failed") or any(row["missed"] for row in rows)))
 

@@ -17,9 +17,10 @@ from tpserve.engine.model_runner import ModelRunner
 from tpserve.engine.worker import run
 from tpserve.model.checkpoint import CheckpointInfo
 from tpserve.model.kv_cache import PagedKVCache
+from tpserve.model.logits import SamplingBatch
 from tpserve.model.network import StepInputs
 from tpserve.model.parallel import TensorParallel
-from tpserve.model.sampling import argmax
+from tpserve.model.sampling import argmax, sample
 
 
 class StubNetwork:
@@ -50,6 +51,10 @@ class StubNetwork:
     def draw_greedy(self, logits_NV: torch.Tensor, rows_N: torch.Tensor, positions_N: torch.Tensor) -> torch.Tensor:
         """Who reads what was drawn is not asked: it is written nowhere."""
         return argmax(logits_NV)
+
+    def draw(self, logits_NV: torch.Tensor, batch: SamplingBatch, rows_N: torch.Tensor) -> torch.Tensor:
+        """Likewise."""
+        return sample(logits_NV, batch)
 
     def warm_up(self) -> None:
         """Nothing."""

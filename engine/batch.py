@@ -34,6 +34,7 @@ class _Static:
     any_filter: bool
     any_min_p: bool
     max_top_k: int | None
+    largest_top_k: int
     penalties: Penalties | None
     bias: SparseBias | None
     bad_words: BadWords | None
@@ -85,16 +86,16 @@ class Draws:
             bad_words=s.bad_words,
             allowed_NW=allowed_NW,
             max_top_k=s.max_top_k,
+            largest_top_k=s.largest_top_k,
         )
 
     def _decayed_top_p(self, state: BatchState, decay_N: torch.Tensor) -> torch.Tensor:
         # Only rows that decay have a state of their own.
         return torch.where(decay_N < 1, state.top_p_R[self.static.rows_N], self.static.top_p_N)
 
-    def store(self, state: BatchState, tokens_N: torch.Tensor) -> None:
-        """Writes the tokens drawn into the rows; runs on the device."""
+    def decay(self, state: BatchState, tokens_N: torch.Tensor) -> None:
+        """What the tokens drawn make of the rows' top_p; runs on the device."""
         s = self.static
-        state.tokens_RL[s.rows_N, self.device_positions] = tokens_N
         if s.decay is not None:
             state.top_p_R[s.rows_N] = next_top_p(state.top_p_R[s.rows_N], tokens_N, *s.decay)
 
@@ -155,6 +156,7 @@ class DrawBuilder:
             any_filter=bool(filtered),
             any_min_p=any(p.min_p for p in random),
             max_top_k=max((p.top_k for p in filtered), default=None) if all(p.top_k for p in filtered) else None,
+            largest_top_k=max((p.top_k for p in filtered), default=0),
             penalties=penalties,
             bias=bias,
             bad_words=bad_words,

@@ -24,7 +24,6 @@ from tpserve.model.attention import SequenceSlice
 from tpserve.model.kv_cache import PagedKVCache
 from tpserve.model.logits import process_logits, token_logprobs, top_logprobs
 from tpserve.model.network import Network, StepInputs
-from tpserve.model.sampling import sample
 
 
 class Step:
@@ -246,8 +245,8 @@ class ModelRunner:
         else:
             batch = draws.batch(self._state, allowed)
             processed_NV = process_logits(raw_NV, batch)
-            tokens_N = sample(processed_NV, batch)
-            draws.store(self._state, tokens_N)
+            tokens_N = self.network.draw(processed_NV, batch, static.rows_N)
+            draws.decay(self._state, tokens_N)
         out["tokens"] = tokens_N
         num_top, beams = static.num_top_logprobs, static.beams
         if num_top is not None:

@@ -15,9 +15,10 @@ import torch
 from tpserve.model.decoder import FusedDecoder
 from tpserve.model.kv_cache import PagedKVCache
 from tpserve.model.llama import Llama
+from tpserve.model.logits import SamplingBatch
 from tpserve.model.parallel import TensorParallel
 from tpserve.model.quantized import has_integers
-from tpserve.model.sampling import draw_greedy
+from tpserve.model.sampling import draw
 
 if TYPE_CHECKING:
     from tpserve.model.chunk_graphs import ChunkGraphs
@@ -55,6 +56,8 @@ class FusedNetwork:
     ) -> None:
         from tpserve.model.chunk_graphs import BUCKETS, ChunkGraphs  # these need Triton
         from tpserve.model.fused_forward import Chunks, FusedForward
+        from tpserve.model.kernels.cut import MAX_TOP_K
+        from tpserve.model.kernels.random_draw import RandomDraws
         from tpserve.model.kernels.row_exchange import RowExchange
         from tpserve.model.residual import MIN_DEALT_ROWS
         from tpserve.model.share_exchange import ShareExchange
@@ -70,6 +73,7 @@ class FusedNetwork:
             many = ShareExchange.make(tp, shared, model.args.dim, weight.dtype, weight.device)
         self._decoder = FusedDecoder(model, cache, tp, tokens_RL, tables_RB, max_num_seqs=max_num_seqs)
         self._forward = FusedForward(model, self._decoder.step.layers, cache, tp, tables_RB, few, many)
+        self._draws, self._max_top_k = RandomDraws(max_num_seqs, model.args.vocab_size, tokens_RL), MAX_TOP_K
         self._chunk_graphs = ChunkGraphs(self._forward, tokens_RL, model.args.vocab_size)
         self._to_capture: list[FusedDecoder | ChunkGraphs] = [self._decoder, self._chunk_graphs] if graphs else []
 
@@ -98,7 +102,15 @@ class FusedNetwork:
 
     def draw_greedy(self, logits_NV: torch.Tensor, rows_N: torch.Tensor, positions_N: torch.Tensor) -> torch.Tensor:
         """See `Network`."""
-        return draw_greedy(logits_NV, rows_N, positions_N, self._tokens_RL)
+        return self._draws.greedy(logits_NV, rows_N, positions_N)
+
+    def draw(self, logits_NV: torch.Tensor, batch: SamplingBatch, rows_N: torch.Tensor) -> torch.Tensor:
+        """See `Network`."""
+        if batch.largest_top_k > self._max_top_k:
+            return draw(logits_NV, batch, rows_N, self._tokens_RL)
+        step = self._decoder.step
+        drawn = self.drawn_N is not None and logits_NV.data_ptr() == step.logits_SV.data_ptr()
+        return self._draws(logits_NV, batch, rows_N, step.draws if drawn else None)
 
     def warm_up(self) -> None:
         """Compiles every kernel; graphs are captured between the steps (`improve`)."""
@@ -108,6 +120,7 @@ class FusedNetwork:
         with compiled_together(self._tokens_RL.device, self._tp):
             self._forward.compile()
             self._decoder.enqueue_all()
+            self._draws.enqueue_all(self._decoder.step.logits_SV[:1])
             self._chunk_graphs.enqueue(self._chunk_graphs.missing[0], num_layers=2)
         self._forward.compile()
         logger.info("compiled kernels in %.1f s", time.monotonic() - started_s)

@@ -87,6 +87,7 @@ class SamplingBatch:
         allowed_NW: int32 bitmask; token v may come when bit v % 32 of word v // 32 is set; -1 throughout: all may.
         max_top_k: the largest top_k of the random rows that have a top_k or top_p, when each of them has a top_k: then
             only so many candidates a row are sorted. None: the whole vocabulary is. The tokens are the same.
+        largest_top_k: of the random rows; 0: none has one.
     """
 
     temperature_N: torch.Tensor
@@ -104,6 +105,7 @@ class SamplingBatch:
     bad_words: BadWords | None = None
     allowed_NW: torch.Tensor | None = None
     max_top_k: int | None = None
+    largest_top_k: int = 0
 
 
 def process_logits(logits_NV: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:

@@ -26,10 +26,11 @@ from tpserve.model.fused_network import FusedNetwork
 from tpserve.model.huge_pages import consolidate
 from tpserve.model.kv_cache import PagedKVCache
 from tpserve.model.llama import Llama
+from tpserve.model.logits import SamplingBatch
 from tpserve.model.onednn import use_onednn
 from tpserve.model.parallel import TensorParallel
 from tpserve.model.quantized import weight_bytes
-from tpserve.model.sampling import draw_greedy
+from tpserve.model.sampling import draw, draw_greedy
 
 # Smaller models stay in the processor's caches, and a step is made of launches.
 WORTH_COMPILING_BYTES = 64 << 20
@@ -78,6 +79,16 @@ class Network(Protocol):
         Args:
             logits_NV: float32.
             rows_N, positions_N: int64.
+        """
+        ...
+
+    def draw(self, logits_NV: torch.Tensor, batch: SamplingBatch, rows_N: torch.Tensor) -> torch.Tensor:
+        """Writes the tokens that `sampling.sample` draws into the rows, at the batch's positions; int64 [N].
+
+        Args:
+            logits_NV: float32, from `process_logits`; of the last call if that had nothing to do.
+            batch: the rows' parameters.
+            rows_N: int64.
         """
         ...
 
@@ -144,6 +155,10 @@ class PlainNetwork(_Finished):
     def draw_greedy(self, logits_NV: torch.Tensor, rows_N: torch.Tensor, positions_N: torch.Tensor) -> torch.Tensor:
         """See `Network`."""
         return draw_greedy(logits_NV, rows_N, positions_N, self._tokens_RL)
+
+    def draw(self, logits_NV: torch.Tensor, batch: SamplingBatch, rows_N: torch.Tensor) -> torch.Tensor:
+        """See `Network`."""
+        return draw(logits_NV, batch, rows_N, self._tokens_RL)
 
     def warm_up(self) -> None:
         """Nothing: the first step is like the others."""

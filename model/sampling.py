@@ -33,6 +33,7 @@ __all__ = [
     "SamplingBatch",
     "SparseBias",
     "argmax",
+    "draw",
     "draw_greedy",
     "next_top_p",
     "philox4x32",
@@ -84,6 +85,13 @@ def argmax(logits_NV: torch.Tensor) -> torch.Tensor:
     if logits_NV.device.type != "cpu":
         return logits_NV.argmax(dim=-1)
     return torch.from_numpy(logits_NV.numpy().argmax(axis=-1))
+
+
+def draw(logits_NV: torch.Tensor, batch: SamplingBatch, rows_N: torch.Tensor, tokens_RL: torch.Tensor) -> torch.Tensor:
+    """Writes `sample`'s tokens into the rows, at the batch's positions, and returns them."""
+    tokens_N = sample(logits_NV, batch)
+    tokens_RL[rows_N, batch.position_N] = tokens_N
+    return tokens_N
 
 
 def draw_greedy(

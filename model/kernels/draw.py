@@ -26,12 +26,14 @@ class GreedyDraws:
 
     Attributes:
         drawn_S: int64, the last launch's tokens; 0 for padding.
+        most_S: float32, their logits.
     """
 
     def __init__(self, max_S: int, tokens_RL: torch.Tensor) -> None:
         device = tokens_RL.device
         self._tokens_RL = tokens_RL
         self.drawn_S = torch.zeros(max_S, dtype=torch.int64, device=device)
+        self.most_S = torch.zeros(max_S, dtype=torch.float32, device=device)
         self._best_S = torch.full((max_S,), -(2**63), dtype=torch.int64, device=device)
         self._arrived_S = torch.zeros(max_S, dtype=torch.int32, device=device)
 
@@ -56,15 +58,15 @@ class GreedyDraws:
         s, v = logits_SV.shape
         assert logits_SV.is_contiguous()
         _draw_kernel[(triton.cdiv(v, _COLUMNS), s)](
-            logits_SV, rows_S, positions_S, self._tokens_RL, self.drawn_S, self._best_S, self._arrived_S,
-            self._tokens_RL.stride(0), ahead, V=v, C=_COLUMNS, PDL=pdl, launch_pdl=pdl,
+            logits_SV, rows_S, positions_S, self._tokens_RL, self.drawn_S, self.most_S, self._best_S,
+            self._arrived_S, self._tokens_RL.stride(0), ahead, V=v, C=_COLUMNS, PDL=pdl, launch_pdl=pdl,
         )  # fmt: skip
         return self.drawn_S[:s]
 
 
 @triton.jit(do_not_specialize=["rows_ptr", "positions_ptr", "logits_ptr", "tokens_stride", "ahead"])
 def _draw_kernel(
-    logits_ptr, rows_ptr, positions_ptr, tokens_ptr, drawn_ptr, best_ptr, arrived_ptr, tokens_stride, ahead,
+    logits_ptr, rows_ptr, positions_ptr, tokens_ptr, drawn_ptr, most_ptr, best_ptr, arrived_ptr, tokens_stride, ahead,
     V: tl.constexpr, C: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     part, s = tl.program_id(0), tl.program_id(1)
@@ -82,6 +84,9 @@ def _draw_kernel(
         return
     best = tl.atomic_xchg(best_ptr + s, _LOWEST, sem="relaxed")
     tl.store(arrived_ptr + s, 0)
+    order = (best >> 32).to(tl.int32)
+    bits = tl.where(order < 0, order ^ 0x7FFFFFFF, order)
+    tl.store(most_ptr + s, bits.to(tl.float32, bitcast=True))
     position = tl.load(positions_ptr + s)
     token = tl.where(position >= 0, 0x7FFFFFFF - (best & 0x7FFFFFFF), 0)
     tl.store(drawn_ptr + s, token)

@@ -17,7 +17,7 @@ class Improvable:
 
     def __init__(self, network: object) -> None:
         self._network = network
-        self.draw_greedy = network.draw_greedy  # type: ignore[attr-defined]
+        self.draw, self.draw_greedy = network.draw, network.draw_greedy  # type: ignore[attr-defined]
         self.drawn_N = None
         self.log: list[str] = []
 
