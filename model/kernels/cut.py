@@ -1,10 +1,10 @@
 """Where top_k and top_p cut rows of logits: four launches, and nothing is sorted.
 
 The mass of what is at least as large is measured at sixteen places, then at sixteen between two of those, and again;
-the few tokens left between two places are listed and bisected. Weights are integers, as in `sampling`, so that sums are
+the few tokens left between two places are listed and searched. Weights are integers, as in `sampling`, so that sums are
 the same in any order, and what is kept is what `sampling.sample` keeps, bit for bit.
 
-Shape suffixes: N rows, V vocabulary, L levels, P places, C columns.
+Shape suffixes: N rows, V vocabulary, L levels, P places, C tokens of a list.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
@@ -18,14 +18,16 @@ from triton.language.extra.cuda import gdc_wait
 
 from tpserve.model.logits import SamplingBatch
 
-COLUMNS = 2048  # of a program, and of a list
-# A row's top_k must leave room in the list for what is between two places.
-MAX_TOP_K = 1024
+COLUMNS = 2048  # of a program
+_MEASURED = 512  # columns of a program that measures: few rows are spread over many
+MAX_TOP_K = 1024  # leaves room in a list for what is between two places
 
+_LISTED = 4096  # tokens of a list
 _LEVELS, _PLACES = tl.constexpr(3), tl.constexpr(16)
 _UNIT = tl.constexpr(2.0**-11)  # of distances from the largest logit: all of them are exact in float32
 _ONE = tl.constexpr(2.0**44)
-LOWEST, _HIGHEST = tl.constexpr(-(2**31)), tl.constexpr(2**31 - 1)
+_IDS = tl.constexpr(2**18)
+LOWEST, _HIGHEST = tl.constexpr(-(2**50)), tl.constexpr(2**50)  # no token's key
 _FLOAT32_MIN = tl.constexpr(torch.finfo(torch.float32).min)
 
 
@@ -33,20 +35,19 @@ class Cuts:
     """Finds the cuts of up to `max_N` rows; one call after the other, for they share their scratch.
 
     Attributes:
-        last_key_N: int32, the last call's: the smallest logit that is kept, as `row_key` has it.
-        last_id_N: int32: the last token that is kept of those with this logit.
+        last_key_N: int64, the last call's: the smallest `token_key` that is kept.
     """
 
     def __init__(self, max_N: int, device: torch.device) -> None:
         def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        self.last_key_N, self.last_id_N = zeros(max_N), zeros(max_N)
+        self.last_key_N = zeros(max_N, dtype=torch.int64)
         # What is counted or summed up is zero between calls.
         self._sums_NLP = zeros(max_N, _LEVELS.value, _PLACES.value, dtype=torch.int64)
         self._counts_NLP = zeros(max_N, _LEVELS.value, _PLACES.value)
         self._listed_N, self._arrived_N = zeros(max_N), zeros(max_N)
-        self._values_NC, self._ids_NC = zeros(max_N, COLUMNS, dtype=torch.float32), zeros(max_N, COLUMNS)
+        self._values_NC, self._ids_NC = zeros(max_N, _LISTED, dtype=torch.float32), zeros(max_N, _LISTED)
 
     def __call__(self, logits_NV: torch.Tensor, most_N: torch.Tensor, batch: SamplingBatch, *, pdl: bool) -> None:
         """Args:
@@ -57,16 +58,15 @@ class Cuts:
         pdl: programmatic dependent launch: starts while the kernel before still runs.
         """
         n, v = logits_NV.shape
-        grid = (triton.cdiv(v, COLUMNS), n)
         row = (logits_NV, most_N, batch.temperature_N, batch.min_p_N, batch.top_k_N, batch.top_p_N)
         for level in range(_LEVELS.value):
-            _measure_kernel[grid](
+            _measure_kernel[(triton.cdiv(v, _MEASURED), n)](
                 *row, self._sums_NLP, self._counts_NLP,
-                V=v, C=COLUMNS, LEVEL=level, PDL=pdl, launch_pdl=pdl, num_warps=8,
+                V=v, C=_MEASURED, LEVEL=level, PDL=pdl, launch_pdl=pdl, num_warps=8,
             )  # fmt: skip
-        _cut_kernel[grid](
+        _cut_kernel[(triton.cdiv(v, COLUMNS), n)](
             *row, self._sums_NLP, self._counts_NLP, self._listed_N, self._values_NC, self._ids_NC, self.last_key_N,
-            self.last_id_N, self._arrived_N, V=v, C=COLUMNS, PDL=pdl, launch_pdl=pdl, num_warps=8,
+            self._arrived_N, V=v, C=COLUMNS, LISTED=_LISTED, PDL=pdl, launch_pdl=pdl, num_warps=8, maxnreg=128,
         )  # fmt: skip
 
 
@@ -95,16 +95,17 @@ def row_weight(logit, most, temperature, min_p):
 
 
 @triton.jit
-def row_key(logit):
-    """int32 in the order of the logits; of two zeros none is larger."""
+def token_key(logit, token):
+    """int64 in the order of the logits, and of equals (of two zeros none is larger) against that of the ids."""
     bits = (logit + 0.0).to(tl.int32, bitcast=True)
-    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    order = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return order.to(tl.int64) * _IDS + (_IDS - 1 - token)
 
 
 @triton.jit
 def _places(level, nearest, farthest):
-    """A level's places, in units of distance, ascending: first over every distance that has a weight, then between the
-    two of the level before. Widths are multiples of 16 up to the last level."""
+    """A level's places, in units of distance, ascending: at first over every distance that has a weight, then between
+    the two of the level before. Widths are multiples of 16 up to the last level."""
     i = tl.arange(0, _PLACES) + 1
     return tl.where(level == 0, i * i * 256, nearest + (farthest - nearest) // _PLACES * i)
 
@@ -112,13 +113,16 @@ def _places(level, nearest, farthest):
 @triton.jit
 def _narrowed(sums_ptr, counts_ptr, top_k, top_p, V: tl.constexpr, LEVELS: tl.constexpr):
     """Between which places the cut is by the first `LEVELS`: what is as near as the one is not enough, what is as near
-    as the other is, if all is. Also the one's mass, and the mass to reach (for top_p alone)."""
+    as the other is, if all is. Also the one's mass and number, and the mass to reach (for top_p alone)."""
     # Two widths before the first place, where nothing is.
-    nearest, farthest = tl.full((), -256, tl.int32), tl.full((), 256, tl.int32)
+    nearest, farthest = tl.full((), -256, tl.int32), tl.full((), 256 * _PLACES * _PLACES, tl.int32)
     mass, limit = tl.full((), 0, tl.int64), tl.full((), 0, tl.int64)
+    num = tl.full((), 0, tl.int32)
     i = tl.arange(0, _PLACES)
     for level in tl.static_range(LEVELS):
-        sums, counts = tl.load(sums_ptr + level * _PLACES + i), tl.load(counts_ptr + level * _PLACES + i)
+        # Beyond the first level what is nearer than both places is not measured again.
+        sums = mass + tl.load(sums_ptr + level * _PLACES + i)
+        counts = num + tl.load(counts_ptr + level * _PLACES + i)
         if level == 0:
             total = tl.max(sums, 0)
             limit = tl.minimum(tl.ceil(top_p * total.to(tl.float64)).to(tl.int64), total)
@@ -126,9 +130,16 @@ def _narrowed(sums_ptr, counts_ptr, top_k, top_p, V: tl.constexpr, LEVELS: tl.co
         place = tl.min(tl.where(enough, i, _PLACES - 1), 0)
         at = _places(level, nearest, farthest)
         farthest = tl.sum(tl.where(i == place, at, 0), 0)
-        nearest = tl.where(place == 0, nearest, tl.sum(tl.where(i == place - 1, at, 0), 0))
-        mass = tl.where(place == 0, mass, tl.sum(tl.where(i == place - 1, sums, 0), 0))
+        if place > 0:
+            before = i == place - 1
+            nearest = tl.sum(tl.where(before, at, 0), 0)
+            mass, num = tl.sum(tl.where(before, sums, 0), 0), tl.sum(tl.where(before, counts, 0), 0)
     return nearest, farthest, mass, limit
+
+
+@triton.jit
+def _between(relative, nearest, farthest):
+    return (relative >= -_UNIT * farthest.to(tl.float32)) & (relative < -_UNIT * nearest.to(tl.float32))
 
 
 @triton.jit(do_not_specialize=["logits_ptr", "temperature_ptr", "min_p_ptr", "top_k_ptr", "top_p_ptr"])
@@ -153,10 +164,13 @@ def _measure_kernel(
     for start in range(0, C, TILE):
         cols = part * C + start + tl.arange(0, TILE)
         logit = tl.load(logits_ptr + n * V + cols, mask=cols < V, other=float("-inf"))
-        weight = row_weight(logit, most, temperature, min_p)
-        inside = (_relative(logit, most, temperature)[:, None] >= at[None, :]) & (weight > 0)[:, None]
-        sums += tl.where(inside, weight[:, None], 0)
-        counts += inside.to(tl.int32)
+        relative = _relative(logit, most, temperature)
+        inside = _between(relative, nearest, farthest)
+        if (LEVEL == 0) or (tl.max(inside.to(tl.int32), 0) > 0):
+            weight = tl.where(inside, row_weight(logit, most, temperature, min_p), 0)
+            near = (relative[:, None] >= at[None, :]) & (weight > 0)[:, None]
+            sums += tl.where(near, weight[:, None], 0)
+            counts += near.to(tl.int32)
     i = tl.arange(0, _PLACES)
     sum, count = tl.sum(sums, 0), tl.sum(counts, 0)
     tl.atomic_add(sums_ptr + LEVEL * _PLACES + i, sum, mask=count > 0, sem="relaxed")
@@ -164,41 +178,36 @@ def _measure_kernel(
 
 
 @triton.jit
-def _between(relative, nearest, farthest):
-    return (relative >= -_UNIT * farthest.to(tl.float32)) & (relative < -_UNIT * nearest.to(tl.float32))
-
-
-@triton.jit
-def _read(start, source, C: tl.constexpr):
-    """Keys, ids and weights of the list or, where it was too short, of the row; weight 0 is nothing."""
+def _read(start, source, TILE: tl.constexpr):
+    """Keys and weights of the list or, where it was too short, of the row; weight 0 is nothing."""
     listed, span, values_ptr, ids_ptr, logits_ptr, most, temperature, min_p, nearest, farthest = source
-    at = start + tl.arange(0, C)
+    at = start + tl.arange(0, TILE)
     logit = tl.load(tl.where(listed, values_ptr, logits_ptr) + at, mask=at < span, other=float("-inf"))
     ids = tl.where(listed, tl.load(ids_ptr + at, mask=at < tl.where(listed, span, 0), other=0), at)
     inside = _between(_relative(logit, most, temperature), nearest, farthest)
     weights = tl.where(inside, row_weight(logit, most, temperature, min_p), 0)
-    return tl.where(weights > 0, row_key(logit), LOWEST), ids, weights
+    return tl.where(weights > 0, token_key(logit, ids), LOWEST), weights
 
 
 @triton.jit
-def _mass(low, high, last_id, tile, source, C: tl.constexpr):
-    """Weight and number of the tokens with keys from `low` to `high` and ids up to `last_id`. `tile` has the first `C`,
-    which is all unless very many logits are nearly equal."""
-    keys, ids, weights = tile
-    inside = (keys >= low) & (keys <= high) & (ids <= last_id)
-    weight, count = tl.sum(tl.where(inside, weights, 0), 0), tl.sum(inside.to(tl.int32), 0)
-    for start in range(C, source[1], C):
-        keys, ids, weights = _read(start, source, C)
-        inside = (keys >= low) & (keys <= high) & (ids <= last_id)
-        weight += tl.sum(tl.where(inside, weights, 0), 0)
-        count += tl.sum(inside.to(tl.int32), 0)
-    return weight, count.to(tl.int64)
+def _masses(at, tile, source, by_weight, TILE: tl.constexpr):
+    """Weight or number of the tokens with keys from each of `at` on. `tile` has the first `TILE` tokens, which is all
+    unless many logits are nearly equal."""
+    keys, weights = tile
+    each = tl.where(by_weight == 1, weights, 1)
+    mass = tl.sum(tl.where(keys[:, None] >= at[None, :], each[:, None], 0), 0)
+    for start in range(TILE, source[1], TILE):
+        keys, weights = _read(start, source, TILE)
+        each = tl.where(by_weight == 1, weights, 1)
+        mass += tl.sum(tl.where(keys[:, None] >= at[None, :], each[:, None], 0), 0)
+    return mass
 
 
 @triton.jit(do_not_specialize=["logits_ptr", "temperature_ptr", "min_p_ptr", "top_k_ptr", "top_p_ptr"])
 def _cut_kernel(
     logits_ptr, most_ptr, temperature_ptr, min_p_ptr, top_k_ptr, top_p_ptr, sums_ptr, counts_ptr, listed_ptr,
-    values_ptr, ids_ptr, last_key_ptr, last_id_ptr, arrived_ptr, V: tl.constexpr, C: tl.constexpr, PDL: tl.constexpr,
+    values_ptr, ids_ptr, last_key_ptr, arrived_ptr,
+    V: tl.constexpr, C: tl.constexpr, LISTED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     part, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
     if PDL:
@@ -211,8 +220,8 @@ def _cut_kernel(
     sums_ptr += n * _LEVELS * _PLACES
     counts_ptr += n * _LEVELS * _PLACES
     logits_ptr += n * V
-    values_ptr += n * C
-    ids_ptr += n * C
+    values_ptr += n * LISTED
+    ids_ptr += n * LISTED
     nearest, farthest, mass, limit = _narrowed(sums_ptr, counts_ptr, top_k, top_p, V, _LEVELS)
     # A top_k's total needs all that is before its cut.
     nearest = tl.where(top_k < V, -(2**20), nearest)
@@ -223,8 +232,8 @@ def _cut_kernel(
     here = tl.sum(inside.to(tl.int32), 0)
     if here > 0:
         at = tl.atomic_add(listed_ptr + n, here, sem="relaxed") + tl.cumsum(inside.to(tl.int32), 0) - 1
-        tl.store(values_ptr + at, logit, mask=inside & (at < C))
-        tl.store(ids_ptr + at, cols, mask=inside & (at < C))
+        tl.store(values_ptr + at, logit, mask=inside & (at < LISTED))
+        tl.store(ids_ptr + at, cols, mask=inside & (at < LISTED))
     tl.debug_barrier()  # all threads' stores come before the one thread's release
     if tl.atomic_add(arrived_ptr + n, 1, sem="acq_rel", scope="gpu") != tl.num_programs(0) - 1:
         return
@@ -236,36 +245,25 @@ def _cut_kernel(
         tl.store(counts_ptr + i, tl.zeros((_PLACES,), tl.int32))
     if num == 0:  # no token has a weight
         return
-    listed = num <= C
+    TILE: tl.constexpr = 256
+    listed = num <= LISTED
     span = tl.where(listed, num, V)
     source = (listed, span, values_ptr, ids_ptr, logits_ptr, most, temperature, min_p, nearest, farthest)
-    tile = _read(0, source, C)
-    # Bisections end at the largest key from which on there is enough.
-    low = tl.where(listed, tl.min(tl.where(tile[2] > 0, tile[0], _HIGHEST), 0), LOWEST + 1).to(tl.int64)
-    high = tl.where(listed, tl.max(tile[0], 0), row_key(most)).to(tl.int64)
-    by_count = top_k < V
-    goal = tl.where(by_count, tl.minimum(top_k, num.to(tl.int64)), limit - mass)
-    before, each, num_equal = (tl.full((), 0, tl.int64),) * 3
+    tile = _read(0, source, TILE)
+    # The last token is the one with the largest key from which on there is enough; sixteen are tried at a time.
+    first, i = num <= TILE, tl.arange(0, _PLACES) + 1
+    low = tl.where(first, tl.min(tl.where(tile[1] > 0, tile[0], _HIGHEST), 0), LOWEST)
+    high = tl.where(first, tl.max(tile[0], 0), _HIGHEST)
+    goal = tl.where(top_k < V, tl.minimum(top_k, num.to(tl.int64)), limit - mass)
     # With a top_k twice: the last of so many, then, of their total, what top_p asks for.
-    for by_weight in range(tl.where(by_count, 0, 1), 2):
+    for by_weight in range(tl.where(top_k < V, 0, 1), 2):
         upper = high
         while low < upper:
-            middle = low + (upper - low + 1) // 2
-            weight, count = _mass(middle, _HIGHEST, V, tile, source, C)
-            enough = tl.where(by_weight == 1, weight, count) >= goal
-            low, upper = tl.where(enough, middle, low), tl.where(enough, upper, middle - 1)
-        before, num_before = _mass(low + 1, _HIGHEST, V, tile, source, C)
-        equal, num_equal = _mass(low, low, V, tile, source, C)
-        each = equal // num_equal
+            step = (upper - low + _PLACES) // (_PLACES + 1)
+            enough = tl.sum((_masses(low + step * i, tile, source, by_weight, TILE) >= goal).to(tl.int32), 0)
+            upper = tl.minimum(upper, low + step * (enough + 1) - 1)
+            low += step * enough
         if by_weight == 0:
-            total = before + (goal - num_before) * each
+            total = tl.max(_masses(low + 0 * i, tile, source, 1, TILE), 0)
             goal = tl.minimum(tl.ceil(top_p * total.to(tl.float64)).to(tl.int64), total)
-    wanted = (goal - before + each - 1) // each
-    first, last_id = tl.full((), 0, tl.int64), tl.full((), V - 1, tl.int64)
-    if wanted < num_equal:
-        while first < last_id:
-            middle = (first + last_id) // 2
-            _, count = _mass(low, low, middle, tile, source, C)
-            last_id, first = tl.where(count >= wanted, middle, last_id), tl.where(count >= wanted, first, middle + 1)
-    tl.store(last_key_ptr + n, low.to(tl.int32))
-    tl.store(last_id_ptr + n, last_id.to(tl.int32))
+    tl.store(last_key_ptr + n, low)

@@ -13,7 +13,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
 from tpserve.model import philox
-from tpserve.model.kernels.cut import COLUMNS, LOWEST, Cuts, is_cut, row_key, row_most, row_weight
+from tpserve.model.kernels.cut import COLUMNS, LOWEST, Cuts, is_cut, row_most, row_weight, token_key
 from tpserve.model.kernels.draw import GreedyDraws
 from tpserve.model.logits import SamplingBatch
 
@@ -73,7 +73,7 @@ class RandomDraws:
             parts = self._parts_NP.shape[1]
             _draw_kernel[(parts, n)](
                 logits_NV, drawn.most_S, batch.temperature_N, batch.min_p_N, batch.top_k_N, batch.top_p_N, batch.seed_N,
-                batch.position_N, rows_N, self._cuts.last_key_N, self._cuts.last_id_N, self._parts_NP, self._arrived_N,
+                batch.position_N, rows_N, self._cuts.last_key_N, self._parts_NP, self._arrived_N,
                 drawn.drawn_S, self._tokens_RL, self._tokens_RL.stride(0), V=v, C=COLUMNS,
                 P=triton.next_power_of_2(parts), PDL=self._pdl, launch_pdl=self._pdl, num_warps=8,
             )  # fmt: skip
@@ -111,11 +111,9 @@ def _uniform(seed, position):
 
 
 @triton.jit
-def _kept(cols, logit, most, temperature, min_p, last_key, last_id):
+def _kept(cols, logit, most, temperature, min_p, last_key):
     """Weights of what is kept, 0 of the others."""
-    key = row_key(logit)
-    keep = (key > last_key) | ((key == last_key) & (cols <= last_id))
-    return tl.where(keep, row_weight(logit, most, temperature, min_p), 0)
+    return tl.where(token_key(logit, cols) >= last_key, row_weight(logit, most, temperature, min_p), 0)
 
 
 @triton.jit(do_not_specialize=[
@@ -124,7 +122,7 @@ def _kept(cols, logit, most, temperature, min_p, last_key, last_id):
 ])  # fmt: skip
 def _draw_kernel(
     logits_ptr, most_ptr, temperature_ptr, min_p_ptr, top_k_ptr, top_p_ptr, seed_ptr, position_ptr, rows_ptr,
-    last_key_ptr, last_id_ptr, parts_ptr, arrived_ptr, drawn_ptr, tokens_ptr, tokens_stride,
+    last_key_ptr, parts_ptr, arrived_ptr, drawn_ptr, tokens_ptr, tokens_stride,
     V: tl.constexpr, C: tl.constexpr, P: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     part, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -136,12 +134,12 @@ def _draw_kernel(
         return
     most = row_most(tl.load(most_ptr + n))
     cut = is_cut(tl.load(top_k_ptr + n), tl.load(top_p_ptr + n), V)
-    last_key, last_id = tl.where(cut, tl.load(last_key_ptr + n), LOWEST), tl.load(last_id_ptr + n)
+    last_key = tl.where(cut, tl.load(last_key_ptr + n), LOWEST)
     logits_ptr += n * V
     parts_ptr += n * parts
     cols = part * C + tl.arange(0, C)
     logit = tl.load(logits_ptr + cols, mask=cols < V, other=float("-inf"))
-    tl.store(parts_ptr + part, tl.sum(_kept(cols, logit, most, temperature, min_p, last_key, last_id), 0))
+    tl.store(parts_ptr + part, tl.sum(_kept(cols, logit, most, temperature, min_p, last_key), 0))
     tl.debug_barrier()  # the store comes before the release
     if tl.atomic_add(arrived_ptr + n, 1, sem="acq_rel", scope="gpu") != parts - 1:
         return
@@ -157,7 +155,7 @@ def _draw_kernel(
     target -= tl.sum(tl.where(i < place, sums, 0), 0)
     cols = place * C + tl.arange(0, C)
     logit = tl.load(logits_ptr + cols, mask=cols < V, other=float("-inf"))
-    running = tl.cumsum(_kept(cols, logit, most, temperature, min_p, last_key, last_id), 0)
+    running = tl.cumsum(_kept(cols, logit, most, temperature, min_p, last_key), 0)
     token = (place * C + tl.sum((running <= target).to(tl.int32), 0)).to(tl.int64)
     token = tl.where(total > 0, tl.minimum(token, V - 1), 0)  # 0: nothing but -inf
     tl.store(drawn_ptr + n, token)
