@@ -19,7 +19,6 @@ from triton.language.extra.cuda import gdc_wait
 from tpserve.model.logits import SamplingBatch
 
 COLUMNS = 2048  # of a program
-_MEASURED = 512  # columns of a program that measures: few rows are spread over many
 MAX_TOP_K = 1024  # leaves room in a list for what is between two places
 
 _LISTED = 4096  # tokens of a list
@@ -58,11 +57,12 @@ class Cuts:
         pdl: programmatic dependent launch: starts while the kernel before still runs.
         """
         n, v = logits_NV.shape
+        # Measuring few tokens is spread over more programs.
+        columns = COLUMNS // 4 if n * v <= 2**18 else COLUMNS
         row = (logits_NV, most_N, batch.temperature_N, batch.min_p_N, batch.top_k_N, batch.top_p_N)
         for level in range(_LEVELS.value):
-            _measure_kernel[(triton.cdiv(v, _MEASURED), n)](
-                *row, self._sums_NLP, self._counts_NLP,
-                V=v, C=_MEASURED, LEVEL=level, PDL=pdl, launch_pdl=pdl, num_warps=8,
+            _measure_kernel[(triton.cdiv(v, columns), n)](
+                *row, self._sums_NLP, self._counts_NLP, columns, V=v, LEVEL=level, PDL=pdl, launch_pdl=pdl, num_warps=8,
             )  # fmt: skip
         _cut_kernel[(triton.cdiv(v, COLUMNS), n)](
             *row, self._sums_NLP, self._counts_NLP, self._listed_N, self._values_NC, self._ids_NC, self.last_key_N,
@@ -142,10 +142,10 @@ def _between(relative, nearest, farthest):
     return (relative >= -_UNIT * farthest.to(tl.float32)) & (relative < -_UNIT * nearest.to(tl.float32))
 
 
-@triton.jit(do_not_specialize=["logits_ptr", "temperature_ptr", "min_p_ptr", "top_k_ptr", "top_p_ptr"])
+@triton.jit(do_not_specialize=["logits_ptr", "temperature_ptr", "min_p_ptr", "top_k_ptr", "top_p_ptr", "columns"])
 def _measure_kernel(
-    logits_ptr, most_ptr, temperature_ptr, min_p_ptr, top_k_ptr, top_p_ptr, sums_ptr, counts_ptr,
-    V: tl.constexpr, C: tl.constexpr, LEVEL: tl.constexpr, PDL: tl.constexpr,
+    logits_ptr, most_ptr, temperature_ptr, min_p_ptr, top_k_ptr, top_p_ptr, sums_ptr, counts_ptr, columns,
+    V: tl.constexpr, LEVEL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     part, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
     if PDL:
@@ -161,8 +161,8 @@ def _measure_kernel(
     at = -_UNIT * _places(LEVEL, nearest, farthest).to(tl.float32)
     TILE: tl.constexpr = 256
     sums, counts = tl.zeros((TILE, _PLACES), tl.int64), tl.zeros((TILE, _PLACES), tl.int32)
-    for start in range(0, C, TILE):
-        cols = part * C + start + tl.arange(0, TILE)
+    for start in range(0, columns, TILE):
+        cols = part * columns + start + tl.arange(0, TILE)
         logit = tl.load(logits_ptr + n * V + cols, mask=cols < V, other=float("-inf"))
         relative = _relative(logit, most, temperature)
         inside = _between(relative, nearest, farthest)
