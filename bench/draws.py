@@ -94,7 +94,7 @@ def main(vocab_sizes: tuple[int, ...] = (32000, 128256), rows: tuple[int, ...] =
         rows: sequences that draw together.
     """
     torch.manual_seed(int(time.time()))
-    figures: dict[str, Any] = {}
+    measured: list[dict[str, Any]] = []
     for v in vocab_sizes:
         for kind, scale in _SCALES.items():
             for n in rows:
@@ -110,20 +110,16 @@ def main(vocab_sizes: tuple[int, ...] = (32000, 128256), rows: tuple[int, ...] =
                     }
                     if not torch.equal(ways["ours"](), ways["torch"]()):
                         raise SystemExit(f"{v} tokens, {n} rows, {kind}, {name}: another token")
-                    one = {
-                        f"{way} {clock.__name__}": round(clock(call), 1)
-                        for way, call in ways.items()
-                        for clock in (device_us, wall_us)
-                    }
+                    row: dict[str, Any] = {"controls": name, "logits": kind, "vocabulary": v, "rows": n}
+                    for way, call in ways.items():
+                        row |= {f"{way} {clock.__name__}": round(clock(call), 1) for clock in (device_us, wall_us)}
                     # As behind a decode step, whose graph ends with the greedy draws.
                     greedy(logits_NV, rows_N, batch.position_N)
-                    one["behind greedy device_us"] = round(
-                        device_us(lambda: draws(logits_NV, batch, rows_N, greedy)),  # noqa: B023
-                        1,
-                    )
-                    figures[f"V{v} N{n} {kind}, {name}"] = one
+                    behind_us = device_us(lambda: draws(logits_NV, batch, rows_N, greedy))  # noqa: B023
+                    measured.append(row | {"behind greedy device_us": round(behind_us, 1)})
+                    print(measured[-1], flush=True)
     gpu = torch.cuda.get_device_name().replace(" ", "-")
-    write_result(f"draws-{gpu}", "python -m tpserve.bench.draws", figures)
+    write_result(f"draws-{gpu}", "python -m tpserve.bench.draws", {"rows": measured})
 
 
 if __name__ == "__main__":

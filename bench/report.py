@@ -145,6 +145,7 @@ _FORMS: tuple[tuple[str, Callable[[Result], str]], ...] = (
     (r"serve_instruments(-.*)?", _instruments),
     (r"serve(-.*)?", _serving),
     (r"(latency|throughput)(-.*)?", _offline),
+    (r"gpu_.*", report_gpu.table),
 )
 
 
