@@ -1,10 +1,16 @@
 """Settings for every test."""
 
 import os
+import sys
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+# Images of containers often forbid to write byte code. Some hundred processes are started here, each of which would
+# compile the package and its dependencies again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 # Files of one folder whose tests share a server.
 _SHARING = {"torchserve": ("test_contract.py", "test_serving.py", "test_stop.py"),
