@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -11,16 +10,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-import fire
 import pytest
 
 from tests.engine.conftest import PARAMS
 from tests.helpers.data import shared_data, stories_reference
 from tests.helpers.foreign import hf_config, hf_weights, write_hf
+from tests.helpers.offline import generate_here
 from tests.helpers.shards import random_weights
 from tests.text.byte_level import llama3_json, write_folder
 from tpserve.convert.convert import convert
-from tpserve.engine.generate import generate
 from tpserve.engine.journal import Journal, digest
 from tpserve.engine.text.load import load_tokenizer
 
@@ -89,8 +87,7 @@ def test_lines_keep_their_order_and_bad_ones_their_place(tiny_checkpoint: Path, 
         ],
     )
     out = tmp_path / "out.jsonl"
-    done = run(1, tiny_checkpoint, prompts, out, "--max_seq_len", "64")
-    assert done.returncode == 0, done.stderr
+    generate_here(tiny_checkpoint, prompts, out, "--max_seq_len", "64")
     results = read_jsonl(out)
     assert results[0]["ids"][:2] == results[2]["ids"]
     assert results[0]["usage"] == {"prompt_tokens": 2, "completion_tokens": 30, "total_tokens": 32}
@@ -119,8 +116,7 @@ def test_several_answers_and_ends_that_are_found_in_the_text(tmp_path: Path) -> 
         ],
     )
     out = tmp_path / "out.jsonl"
-    done = run(1, folder, prompts, out, "--max_seq_len", "512", "--max_new_tokens", "9", "--stop_token_ids", "500,501")
-    assert done.returncode == 0, done.stderr
+    generate_here(folder, prompts, out, "--max_seq_len", "512", "--max_new_tokens", "9", "--stop_token_ids", "500,501")
     two, plain, stopped, best, refused, late = read_jsonl(out)
     assert [choice["index"] for choice in two["choices"]] == [0, 1]
     assert all(len(c["ids"]) <= 9 and c["cumulative_logprob"] < 0 for c in two["choices"])
@@ -146,8 +142,7 @@ def test_dialogs_go_through_the_checkpoints_own_template(tmp_path: Path) -> None
     first, second = (tokenizer.encode(text, bos=False, eos=False) for text in ("(user) once upon", "(assistant)"))
     lines = [{"dialog": [{"role": "user", "content": "once upon"}]}, {"prompt_token_ids": [*first, end, *second]}]
     prompts = write_jsonl(tmp_path / "in.jsonl", [line | {"max_new_tokens": 8, "ignore_eos": True} for line in lines])
-    done = run(1, tmp_path / "hf", prompts, tmp_path / "out.jsonl", "--max_seq_len", "64")
-    assert done.returncode == 0, done.stderr
+    generate_here(tmp_path / "hf", prompts, tmp_path / "out.jsonl", "--max_seq_len", "64")
     by_template, by_ids = read_jsonl(tmp_path / "out.jsonl")
     assert by_template == by_ids
     assert by_template["usage"]["prompt_tokens"] == len(first) + len(second) + 1
@@ -172,8 +167,7 @@ def test_an_interrupted_batch_goes_on_where_it_was(tiny_checkpoint: Path, tmp_pa
     done = run(1, tiny_checkpoint, prompts, out, *options)
     assert done.returncode == 0, done.stderr
     assert f"{kept} of 30 lines were finished before" in done.stderr
-    whole = run(1, tiny_checkpoint, prompts, tmp_path / "whole.jsonl", *options)
-    assert whole.returncode == 0
+    generate_here(tiny_checkpoint, prompts, tmp_path / "whole.jsonl", *options)
     assert read_jsonl(out) == read_jsonl(tmp_path / "whole.jsonl")
 
 
@@ -205,16 +199,11 @@ def test_wrong_options_are_explained(
     tmp_path: Path,
     options: tuple[str, ...],
     message: str,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """In this process, as `torchrun` starts it: another import of torch for each would take half a minute."""
     prompts = write_jsonl(tmp_path / "in.jsonl", [{"prompt_token_ids": [3]}])
-    arguments = ["--checkpoint", str(tiny_checkpoint), "--prompts", str(prompts), "--out", str(tmp_path / "out.jsonl")]
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.setattr(logging, "basicConfig", lambda **_options: None)  # it would outlive this test
     with pytest.raises(SystemExit) as ended:
-        fire.Fire(generate, [*arguments, "--device", "cpu", *options])
+        generate_here(tiny_checkpoint, prompts, tmp_path / "out.jsonl", *options)
     assert ended.value.code == 2
     said = capsys.readouterr().err
     assert message in said

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.local import LocalEngine
 from tests.helpers.requests import Collected
 from tests.helpers.shards import TINY_PARAMS, write_fairscale_checkpoint
 from tests.machines.serving import OPTIONS, PROMPT
 from tpserve.convert.convert import convert
-from tpserve.engine.client import EngineClient
 from tpserve.engine.config import EngineConfig
 
 
@@ -25,10 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="package")
 def alone(folder: Path) -> list[int]:
     """What one rank says."""
-    config = EngineConfig(checkpoint_dir=str(folder / "out"), device="cpu", max_seq_len=256, standby=False)
-    client = EngineClient(config)
-    try:
-        client.start()
-        return Collected(client, PROMPT, **OPTIONS).wait()
-    finally:
-        client.close()
+    engine = LocalEngine(EngineConfig(checkpoint_dir=str(folder / "out"), device="cpu", max_seq_len=256))
+    stream = Collected(engine, PROMPT, **OPTIONS)  # type: ignore[arg-type]
+    engine.run()
+    return stream.wait()

@@ -9,19 +9,21 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.offline import generate_here
 from tests.helpers.shards import write_fairscale_checkpoint
 from tests.machines.namespaces import ADDRESSES, environment, missing, two_machines
 from tpserve.convert.convert import convert
 
+OPTIONS = ("--max_new_tokens", "24", "--max_seq_len", "128")
 REASON = missing()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=REASON or "")
 
 
 def command(folder: Path, out: Path, *torchrun: str) -> list[str]:
-    options = ["--max_new_tokens", "24", "--device", "cpu", "--max_seq_len", "128"]
     return [
         sys.executable, "-m", "torch.distributed.run", *torchrun, "-m", "tpserve.engine.generate",
-        "--checkpoint", str(folder / "out"), "--prompts", str(folder / "in.jsonl"), "--out", str(out), *options,
+        "--checkpoint", str(folder / "out"), "--prompts", str(folder / "in.jsonl"), "--out", str(out),
+        "--device", "cpu", *OPTIONS,
     ]  # fmt: skip
 
 
@@ -37,8 +39,7 @@ def test_two_machines(tmp_path: Path) -> None:
         {"prompt_token_ids": [3 + i, 5, 7], "ignore_eos": True, "seed": i, "temperature": i % 2} for i in range(6)
     ]  # fmt: skip
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    alone = command(tmp_path, tmp_path / "alone.jsonl", "--standalone", "--nproc-per-node", "1")
-    subprocess.run(alone, check=True, env=environment() | {"GLOO_SOCKET_IFNAME": "lo"})
+    generate_here(tmp_path / "out", tmp_path / "in.jsonl", tmp_path / "alone.jsonl", *OPTIONS)
     with two_machines() as machines:
         ranks = [
             subprocess.Popen(
