@@ -24,8 +24,8 @@ from tpserve.engine.process import descendants, is_running
 from tpserve.engine.sampling_params import SamplingParams
 from tpserve.engine.supervisor import RankGroup
 
-# Slow enough to be caught in the middle: about 200 steps.
-LONG = {"max_new_tokens": 200, "ignore_eos": True, "temperature": 0.9}
+# Slow enough to be caught in the middle: about 80 steps, of which 20 are waited for.
+LONG = {"max_new_tokens": 80, "ignore_eos": True, "temperature": 0.9}
 
 
 def until(condition: Callable[[], Any], timeout_s: float = 60.0) -> None:
