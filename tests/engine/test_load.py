@@ -37,6 +37,7 @@ def config(tiny_checkpoint: Path) -> EngineConfig:
         block_size=4,
         num_kv_blocks=256,
         step_timeout_s=30,
+        standby=False,  # nobody dies here
     )
 
 
