@@ -21,6 +21,7 @@ import yaml
 from tests.faults.processes import MARK, Group, groups, marked
 from tests.helpers.data import DEMO_CHECKPOINT
 from tests.serve.process import Served
+from tests.torchserve.server import SHORT_LIVED
 from tpserve.convert.convert import convert
 from tpserve.engine.process import command_line, descendants, kill_all
 from tpserve.handler.archive import archive, default_config
@@ -185,7 +186,11 @@ class TorchServe(Front):
         made = archive(checkpoint, config=config, export_path=self.folder / "store", tensor_parallel_size=size)
         with _environment(MARK, self.mark):
             self.process = TorchServeProcess(
-                self.folder / "store", [made.models], disable_system_metrics="true", **(properties or {})
+                self.folder / "store",
+                [made.models],
+                disable_system_metrics="true",
+                vmargs=SHORT_LIVED,
+                **(properties or {}),
             )
         self.log, self.port = self.process.log, self.process.port
         self.base, self.predictions = "/predictions/llama/1.0", ""

@@ -39,7 +39,7 @@ def tiny_checkpoint(folder: Path) -> Path:
 def server(folder: Path, tiny_checkpoint: Path) -> Iterator[Server]:
     """Ours: a `.mar`, continuous batching, TP 2."""
     config = written_config(
-        folder / "server.yaml", mode="chat", max_batch_size=16, max_num_waiting=24, max_new_tokens=480
+        folder / "server.yaml", mode="chat", max_batch_size=16, max_num_waiting=24, max_new_tokens=240
     )
     made = archive(tiny_checkpoint, config=config, export_path=folder / "store")
     yield from running(Server(folder / "store", [made.models]))

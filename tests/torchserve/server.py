@@ -13,6 +13,9 @@ import psutil
 
 from tpserve.handler.server_process import TorchServeProcess
 
+# Of a Java that lives for a minute: compiling what it runs often, on all cores, takes more time than it saves.
+SHORT_LIVED = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
+
 
 class Answer:
     """A whole HTTP reply."""
@@ -45,7 +48,7 @@ class Server:
     """
 
     def __init__(self, store: Path, models: list[str]) -> None:
-        self.process = TorchServeProcess(store, models, disable_system_metrics="true")
+        self.process = TorchServeProcess(store, models, disable_system_metrics="true", vmargs=SHORT_LIVED)
         self.log = self.process.log
 
     def wait_until_ready(self) -> None:

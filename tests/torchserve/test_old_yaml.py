@@ -45,7 +45,7 @@ DIALOG = {"dialog": [{"role": "user", "content": "what is the recipe of mayonnai
 def old(folder: Path, tiny_checkpoint: Path) -> Iterator[Server]:
     """Two models: the file as it was, and with continuous batching."""
     streaming = {**OLD, "batchSize": 8, "continuousBatching": True}
-    streaming["handler"] = {**OLD["handler"], "max_new_tokens": 400}
+    streaming["handler"] = {**OLD["handler"], "max_new_tokens": 200}
     for name, content in {"old": {**OLD, "batchSize": 4}, "old_streaming": streaming}.items():
         content["handler"] = {**content["handler"], "standby": False}  # the ranks are counted below
         config = folder / f"{name}.yaml"
@@ -87,7 +87,7 @@ def test_with_continuous_batching_it_streams(old: Server) -> None:
 
 
 def test_a_rank_that_dies_costs_a_stream_a_pause(old: Server) -> None:
-    body = {**PROMPT, "ignore_eos": True, "max_new_tokens": 400}
+    body = {**PROMPT, "ignore_eos": True, "max_new_tokens": 200}
     alone = old.post(body, model="old_streaming").lines
     with old.request("POST", "", json.dumps(body).encode(), "application/json", "old_streaming") as response:
         lines = [json.loads(response.readline())]

@@ -13,7 +13,7 @@ from tests.text.models import load, tiny_model
 from tests.torchserve.server import Answer, Server, encoded
 
 PROMPT = "once upon a time there was the cat"
-LONG = {"prompt": PROMPT, "max_new_tokens": 400, "ignore_eos": True}
+LONG = {"prompt": PROMPT, "max_new_tokens": 200, "ignore_eos": True}
 USER = {"role": "user", "content": "one two three"}
 
 
@@ -44,7 +44,7 @@ def test_a_stream_is_told_line_by_line_while_it_runs(server: Server) -> None:
             arrivals.append(time.monotonic())
     assert len(lines) > 20
     assert arrivals[-1] - arrivals[0] > 0.1
-    assert sum(len(line["ids"]) for line in lines) == 400
+    assert sum(len(line["ids"]) for line in lines) == LONG["max_new_tokens"]
 
 
 def test_one_object_and_a_stream_say_the_same(server: Server) -> None:
@@ -113,7 +113,7 @@ def test_32_streams_at_once_equal_their_solo_runs(server: Server) -> None:
     bodies = [
         {
             "prompt": " ".join(PROMPT.split()[: 1 + i % 8]),
-            "max_new_tokens": 4 + (i * 7) % 40,
+            "max_new_tokens": 4 + (i * 7) % 20,
             "temperature": 0.0 if i % 4 == 0 else 0.8 + 0.1 * (i % 3),
             "top_p": 0.95 if i % 2 else 1.0,
             "top_k": 20 if i % 5 == 0 else 0,
@@ -170,9 +170,9 @@ def test_the_end_that_a_stop_string_makes(server: Server) -> None:
 
 
 def test_a_deadline(server: Server) -> None:
-    answer = server.post({**LONG, "max_new_tokens": 480, "timeout_s": 0.1, "stream": False})
+    answer = server.post({**LONG, "max_new_tokens": 240, "timeout_s": 0.1, "stream": False})
     assert (answer.status, answer.json["finish_reason"]) == (200, "timeout")
-    assert len(answer.json["ids"]) < 480
+    assert len(answer.json["ids"]) < 240
 
 
 def test_metrics_and_a_trace(server: Server) -> None:

@@ -10,7 +10,7 @@ from tests.torchserve.server import Server, encoded
 from tpserve.engine.process import is_running
 from tpserve.handler.torchserve_command import stop
 
-LONG = {"prompt": "once upon a time", "max_new_tokens": 480, "ignore_eos": True, "n": 8}
+LONG = {"prompt": "once upon a time", "max_new_tokens": 240, "ignore_eos": True, "n": 8}
 
 
 def test_what_runs_may_end_and_what_is_new_is_refused(server: Server) -> None:
@@ -29,5 +29,5 @@ def test_what_runs_may_end_and_what_is_new_is_refused(server: Server) -> None:
         assert not stopped.result()
     assert (refused.status, refused.json["error"]["message"]) == (503, "the server is shutting down")
     assert [line["finish_reason"] for line in lines if "finish_reason" in line] == ["length"] * 8
-    assert sum(len(line["ids"]) for line in lines) == 8 * 480
+    assert sum(len(line["ids"]) for line in lines) == 8 * 240
     assert not [pid for pid in pids if is_running(pid)]
