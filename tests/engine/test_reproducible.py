@@ -12,6 +12,7 @@ from tests.helpers.local import LocalEngine
 from tests.helpers.plain import Tally, check, decide
 from tests.helpers.requests import Collected
 from tests.helpers.stories import EOS, converted, plain_model, prompts
+from tpserve.bench.streams import settled_heartbeat
 from tpserve.engine.client import EngineClient
 from tpserve.engine.config import EngineConfig
 
@@ -152,11 +153,7 @@ def on_real_ranks(config: EngineConfig) -> tuple[list[list[int]], int]:
             answers += [stream.wait() for stream in streams]
         status = client.status()
         assert [rank.num_blocks_in_use for rank in status.ranks] == [0] * config.tensor_parallel_size
-        heartbeat = client.heartbeat
-        while heartbeat is None or heartbeat.step < status.ranks[0].step:  # they come once a second when idle
-            client.status()
-            heartbeat = client.heartbeat
-        return answers, heartbeat.num_preemptions
+        return answers, settled_heartbeat(client).num_preemptions
     finally:
         client.close()
 

@@ -11,6 +11,7 @@ from tests.helpers.groups import with_
 from tests.helpers.local import LocalEngine
 from tests.helpers.requests import Collected
 from tests.helpers.stories import converted, prompts
+from tpserve.bench.streams import settled_heartbeat
 from tpserve.engine.client import EngineClient
 from tpserve.engine.config import EngineConfig
 
@@ -109,10 +110,7 @@ def test_two_ranks_guess_alike(config: EngineConfig, without: LocalEngine) -> No
         status = client.status()
         assert len({rank.checksum for rank in status.ranks}) == 1
         assert {rank.num_blocks_in_use for rank in status.ranks} == {0}
-        heartbeat = client.heartbeat
-        while heartbeat is None or heartbeat.step < status.ranks[0].step:  # once a second
-            client.status()
-            heartbeat = client.heartbeat
+        heartbeat = settled_heartbeat(client)
         assert 0 < heartbeat.num_accepted_tokens < heartbeat.num_draft_tokens
     finally:
         client.close()
