@@ -9,7 +9,7 @@ than 2**-26 of the mass in all.
 Shape suffixes: N rows of the batch, V vocabulary, P vocabulary in whole blocks, C blocks, S tokens of a block,
 K candidates or reset ids, X any of those, R rounds.
 
-Nothing here waits for the device: no shape depends on data.
+Nothing here waits for a GPU: shapes depend on data on a CPU alone.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def sample(logits_NV: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
     max_N1 = max_N[:, None].clamp(min=torch.finfo(torch.float32).min)  # -inf less -inf would be NaN
     weight_NP = _weights(logits_NP, max_N1, batch)
     if batch.any_filter:
-        weight_NP.masked_fill_(_filtered(logits_NP, max_N1, batch, vocab_size), 0)
+        weight_NP.masked_fill_(_filtered(logits_NP, max_N1, weight_NP, batch, vocab_size), 0)
     total_N = weight_NP.sum(dim=-1)
     target_N = (uniform(batch.seed_N, batch.position_N) * total_N.double()).long()
     target_N = torch.minimum(target_N, total_N - 1)  # the product may be rounded up; so it can never leave the row
@@ -119,22 +119,26 @@ def _weights(logits_NX: torch.Tensor, max_N1: torch.Tensor, batch: SamplingBatch
     return relative_NX.mul_(_ONE).long()
 
 
-def _filtered(logits_NP: torch.Tensor, max_N1: torch.Tensor, batch: SamplingBatch, vocab_size: int) -> torch.Tensor:
+def _filtered(
+    logits_NP: torch.Tensor, max_N1: torch.Tensor, weight_NP: torch.Tensor, batch: SamplingBatch, vocab_size: int
+) -> torch.Tensor:
     """What top-k, then top-p on what is left (Holtzman et al., 2020) leave out; bool [N, P].
 
     A token is kept while those before it, in order of logit and then of id, have less than top_p of the mass; the
-    first always is. Only values are sorted: how many are kept gives the last kept logit and how many of those equal
-    to it.
+    first always is. Only values are sorted, and on a CPU only those that may be kept: how many are kept gives the last
+    kept logit and how many of those equal to it.
     """
-    if batch.max_top_k is None:
-        sorted_NK = logits_NP.sort(dim=-1, descending=True).values
-    else:
-        num_candidates = min(batch.max_top_k + -batch.max_top_k % _BLOCK, logits_NP.shape[1])
-        sorted_NK = logits_NP.topk(num_candidates, dim=-1).values
+    num_candidates = vocab_size
+    if batch.max_top_k is not None:
+        num_candidates = batch.max_top_k
+    elif logits_NP.device.type == "cpu":  # a GPU would have to be waited for
+        num_candidates = _num_candidates(weight_NP, batch, vocab_size)
+    sorted_NK = _largest(logits_NP, min(num_candidates + -num_candidates % _BLOCK, logits_NP.shape[1]))
     rank_K = torch.arange(sorted_NK.shape[1], device=logits_NP.device)
     weight_NK = _weights(sorted_NK, max_N1, batch).masked_fill_(rank_K >= batch.top_k_N[:, None], 0)
-    total_N = weight_NK.sum(dim=-1)
-    limit_N = torch.minimum((batch.top_p_N * total_N.double()).ceil().long(), total_N)
+    # Of a row without a top_k the candidates need not be all that has a weight.
+    total_N = torch.where(batch.top_k_N < vocab_size, weight_NK.sum(dim=-1), weight_NP.sum(dim=-1))
+    limit_N = _limit(total_N, batch)
     last_N1 = _search(weight_NK, limit_N - 1).clamp_(max=rank_K.shape[0] - 1)[:, None]  # the clamp: see sample
     last_logit_N1 = sorted_NK.gather(-1, last_N1)
     num_equal_N = last_N1.squeeze(-1) + 1 - (sorted_NK > last_logit_N1).sum(dim=-1)
@@ -145,6 +149,35 @@ def _filtered(logits_NP: torch.Tensor, max_N1: torch.Tensor, batch: SamplingBatc
     last_id_N = _search(equal_NP, num_equal_N - 1)
     id_P = torch.arange(logits_NP.shape[1], device=logits_NP.device)
     return (logits_NP < last_logit_N1).logical_or_(equal_NP.logical_and_(id_P > last_id_N[:, None]))
+
+
+def _limit(total_N: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
+    """The mass that top_p asks for."""
+    return torch.minimum((batch.top_p_N * total_N.double()).ceil().long(), total_N)
+
+
+def _num_candidates(weight_NP: torch.Tensor, batch: SamplingBatch, vocab_size: int) -> int:
+    """A number of most probable tokens among which every row's last one is.
+
+    With V tokens, those that have at most the V-th part of the mass that may be left out are left out, all of them.
+    """
+    total_N = weight_NP.sum(dim=-1)
+    small_N1 = ((total_N - _limit(total_N, batch)) // vocab_size)[:, None]
+    by_mass_N = (weight_NP > small_N1).sum(dim=-1)
+    number_N = torch.where(batch.top_k_N < vocab_size, batch.top_k_N, by_mass_N)
+    unfiltered_N = (batch.temperature_N == 0) | ((batch.top_k_N >= vocab_size) & (batch.top_p_N >= 1.0))
+    return max(1, int(number_N.masked_fill_(unfiltered_N, 0).max()))
+
+
+def _largest(logits_NP: torch.Tensor, k: int) -> torch.Tensor:
+    """The largest `k` of each row, descending."""
+    if 8 * k <= logits_NP.shape[1]:
+        return logits_NP.topk(k, dim=-1).values
+    if logits_NP.device.type != "cpu":
+        return logits_NP.sort(dim=-1, descending=True).values[:, :k]
+    negative_NP = logits_NP.neg()
+    negative_NP.numpy().sort(axis=-1)  # which compares many numbers at a time, where torch compares one
+    return negative_NP[:, :k].neg()
 
 
 def _search(weight_NP: torch.Tensor, target_N: torch.Tensor) -> torch.Tensor:

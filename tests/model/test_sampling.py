@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers.draws import Row, logits_of, make_batch
+from tpserve.model import sampling
 from tpserve.model.sampling import next_top_p, sample, uniform
 
 V = 150  # more than a block of the search, and no multiple of one
@@ -88,6 +89,31 @@ def test_a_row_alone_is_a_row_in_a_batch(rows: list[Row], seed: int, ties: bool,
     for i, row in enumerate(rows):
         for bounded in (False, True):
             assert sample(logits[i : i + 1], make_batch([row], bounded=bounded)).tolist() == [together[i]]
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(ROWS, min_size=1, max_size=5), st.integers(0, 2**32), st.sampled_from([0.05, 1.0, 3.0]), st.booleans())
+def test_looking_at_the_most_probable_alone_changes_no_draw(
+    rows: list[Row], seed: int, scale: float, ties: bool
+) -> None:
+    """On a CPU only tokens that may be kept are sorted: few of a long vocabulary, if some are far more probable."""
+    vocab_size = 3000
+    logits = logits_of(seed, (len(rows), vocab_size), ties) * scale
+    batch = make_batch(rows, vocab_size)
+    tokens = sample(logits, batch)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "_num_candidates", lambda *_: vocab_size)
+        assert tokens.tolist() == sample(logits, batch).tolist()
+
+
+def test_few_candidates_are_looked_at_where_few_are_probable() -> None:
+    batch = make_batch([Row(top_p=0.9), Row(), Row(0.0, top_k=900), Row(top_k=7, top_p=0.5)], 3000)
+    weights = torch.ones(4, 3000, dtype=torch.int64)
+    weights[:, 5] = 2**44
+    assert sampling._num_candidates(weights, batch, 3000) == 7
+    weights[0, :100] = 2**43
+    assert sampling._num_candidates(weights, batch, 3000) == 100
+    assert sampling._num_candidates(torch.ones_like(weights), batch, 3000) == 3000
 
 
 def test_rows_of_any_size_and_place_get_the_same_draws() -> None:
