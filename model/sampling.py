@@ -9,7 +9,7 @@ than 2**-26 of the mass in all.
 Shape suffixes: N rows of the batch, V vocabulary, P vocabulary in whole blocks, C blocks, S tokens of a block,
 K candidates or reset ids, X any of those, R rounds.
 
-Nothing here waits for a GPU: shapes depend on data on a CPU alone.
+Nothing here waits for a GPU: no shape depends on data.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from tpserve.model.logits import (
     token_logprobs,
     top_logprobs,
 )
+from tpserve.model.sample_row import ONE, sample_row
 
 __all__ = [
     "BadWords",
@@ -39,18 +40,38 @@ __all__ = [
     "philox4x32",
     "process_logits",
     "sample",
+    "sample_batch",
     "token_logprobs",
     "top_logprobs",
     "uniform",
 ]
 
-_ONE = 2.0**44
 _MAX_VOCAB = 2**18  # the sum of so many weights is at most 2**62
 _BLOCK = 128
 
 
 def sample(logits_NV: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
-    """Draws one token a row: temperature, min_p, top_k, top_p on what is left, the draw.
+    """Draws one token a row: temperature, min_p, top_k, top_p on what is left, the draw; on a CPU row by row.
+
+    Args:
+        logits_NV: float32 logits, from `process_logits`; at most 2**18 a row.
+        batch: the rows' parameters.
+
+    Returns:
+        int64 [N]; greedy rows: the most probable token, of equals the lowest id.
+    """
+    if not batch.any_random:
+        return argmax(logits_NV)
+    if logits_NV.device.type != "cpu":
+        return sample_batch(logits_NV, batch)
+    b = batch
+    columns = (b.temperature_N, b.top_k_N, b.top_p_N, b.min_p_N, b.seed_N, b.position_N)
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    return torch.tensor([sample_row(logits_V, *row) for logits_V, row in zip(logits_NV, rows, strict=True)])
+
+
+def sample_batch(logits_NV: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
+    """As `sample`, of all rows together.
 
     A random row is drawn by inverting the cumulative distribution in vocabulary order, not in order of probability:
     two nearly equal logits that change places under another summation order then do not change the token.
@@ -65,14 +86,12 @@ def sample(logits_NV: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
     """
     vocab_size = logits_NV.shape[1]
     assert vocab_size <= _MAX_VOCAB
-    if not batch.any_random:
-        return argmax(logits_NV)
     max_N, greedy_N = logits_NV.max(dim=-1)
     logits_NP = torch.nn.functional.pad(logits_NV, (0, -vocab_size % _BLOCK), value=-torch.inf)
     max_N1 = max_N[:, None].clamp(min=torch.finfo(torch.float32).min)  # -inf less -inf would be NaN
     weight_NP = _weights(logits_NP, max_N1, batch)
     if batch.any_filter:
-        weight_NP.masked_fill_(_filtered(logits_NP, max_N1, weight_NP, batch, vocab_size), 0)
+        weight_NP.masked_fill_(_filtered(logits_NP, max_N1, batch, vocab_size), 0)
     total_N = weight_NP.sum(dim=-1)
     target_N = (uniform(batch.seed_N, batch.position_N) * total_N.double()).long()
     target_N = torch.minimum(target_N, total_N - 1)  # the product may be rounded up; so it can never leave the row
@@ -116,29 +135,25 @@ def _weights(logits_NX: torch.Tensor, max_N1: torch.Tensor, batch: SamplingBatch
     relative_NX = (logits_NX - max_N1).div_(temperature_N1).exp_()
     if batch.any_min_p:
         relative_NX.masked_fill_(relative_NX < batch.min_p_N[:, None], 0.0)
-    return relative_NX.mul_(_ONE).long()
+    return relative_NX.mul_(ONE).long()
 
 
-def _filtered(
-    logits_NP: torch.Tensor, max_N1: torch.Tensor, weight_NP: torch.Tensor, batch: SamplingBatch, vocab_size: int
-) -> torch.Tensor:
+def _filtered(logits_NP: torch.Tensor, max_N1: torch.Tensor, batch: SamplingBatch, vocab_size: int) -> torch.Tensor:
     """What top-k, then top-p on what is left (Holtzman et al., 2020) leave out; bool [N, P].
 
     A token is kept while those before it, in order of logit and then of id, have less than top_p of the mass; the
-    first always is. Only values are sorted, and on a CPU only those that may be kept: how many are kept gives the last
-    kept logit and how many of those equal to it.
+    first always is. Only values are sorted: how many are kept gives the last kept logit and how many of those equal
+    to it.
     """
-    num_candidates = vocab_size
-    if batch.max_top_k is not None:
-        num_candidates = batch.max_top_k
-    elif logits_NP.device.type == "cpu":  # a GPU would have to be waited for
-        num_candidates = _num_candidates(weight_NP, batch, vocab_size)
-    sorted_NK = _largest(logits_NP, min(num_candidates + -num_candidates % _BLOCK, logits_NP.shape[1]))
+    if batch.max_top_k is None:
+        sorted_NK = logits_NP.sort(dim=-1, descending=True).values
+    else:
+        num_candidates = min(batch.max_top_k + -batch.max_top_k % _BLOCK, logits_NP.shape[1])
+        sorted_NK = logits_NP.topk(num_candidates, dim=-1).values
     rank_K = torch.arange(sorted_NK.shape[1], device=logits_NP.device)
     weight_NK = _weights(sorted_NK, max_N1, batch).masked_fill_(rank_K >= batch.top_k_N[:, None], 0)
-    # Of a row without a top_k the candidates need not be all that has a weight.
-    total_N = torch.where(batch.top_k_N < vocab_size, weight_NK.sum(dim=-1), weight_NP.sum(dim=-1))
-    limit_N = _limit(total_N, batch)
+    total_N = weight_NK.sum(dim=-1)
+    limit_N = torch.minimum((batch.top_p_N * total_N.double()).ceil().long(), total_N)
     last_N1 = _search(weight_NK, limit_N - 1).clamp_(max=rank_K.shape[0] - 1)[:, None]  # the clamp: see sample
     last_logit_N1 = sorted_NK.gather(-1, last_N1)
     num_equal_N = last_N1.squeeze(-1) + 1 - (sorted_NK > last_logit_N1).sum(dim=-1)
@@ -149,35 +164,6 @@ def _filtered(
     last_id_N = _search(equal_NP, num_equal_N - 1)
     id_P = torch.arange(logits_NP.shape[1], device=logits_NP.device)
     return (logits_NP < last_logit_N1).logical_or_(equal_NP.logical_and_(id_P > last_id_N[:, None]))
-
-
-def _limit(total_N: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
-    """The mass that top_p asks for."""
-    return torch.minimum((batch.top_p_N * total_N.double()).ceil().long(), total_N)
-
-
-def _num_candidates(weight_NP: torch.Tensor, batch: SamplingBatch, vocab_size: int) -> int:
-    """A number of most probable tokens among which every row's last one is.
-
-    With V tokens, those that have at most the V-th part of the mass that may be left out are left out, all of them.
-    """
-    total_N = weight_NP.sum(dim=-1)
-    small_N1 = ((total_N - _limit(total_N, batch)) // vocab_size)[:, None]
-    by_mass_N = (weight_NP > small_N1).sum(dim=-1)
-    number_N = torch.where(batch.top_k_N < vocab_size, batch.top_k_N, by_mass_N)
-    unfiltered_N = (batch.temperature_N == 0) | ((batch.top_k_N >= vocab_size) & (batch.top_p_N >= 1.0))
-    return max(1, int(number_N.masked_fill_(unfiltered_N, 0).max()))
-
-
-def _largest(logits_NP: torch.Tensor, k: int) -> torch.Tensor:
-    """The largest `k` of each row, descending."""
-    if 8 * k <= logits_NP.shape[1]:
-        return logits_NP.topk(k, dim=-1).values
-    if logits_NP.device.type != "cpu":
-        return logits_NP.sort(dim=-1, descending=True).values[:, :k]
-    negative_NP = logits_NP.neg()
-    negative_NP.numpy().sort(axis=-1)  # which compares many numbers at a time, where torch compares one
-    return negative_NP[:, :k].neg()
 
 
 def _search(weight_NP: torch.Tensor, target_N: torch.Tensor) -> torch.Tensor:

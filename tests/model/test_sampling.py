@@ -17,8 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers.draws import Row, logits_of, make_batch
-from tpserve.model import sampling
-from tpserve.model.sampling import next_top_p, sample, uniform
+from tpserve.model.sampling import next_top_p, sample, sample_batch, uniform
 
 V = 150  # more than a block of the search, and no multiple of one
 
@@ -91,29 +90,29 @@ def test_a_row_alone_is_a_row_in_a_batch(rows: list[Row], seed: int, ties: bool,
             assert sample(logits[i : i + 1], make_batch([row], bounded=bounded)).tolist() == [together[i]]
 
 
-@settings(deadline=None, max_examples=60)
-@given(st.lists(ROWS, min_size=1, max_size=5), st.integers(0, 2**32), st.sampled_from([0.05, 1.0, 3.0]), st.booleans())
-def test_looking_at_the_most_probable_alone_changes_no_draw(
-    rows: list[Row], seed: int, scale: float, ties: bool
+@settings(deadline=None)
+@given(
+    st.lists(ROWS, min_size=1, max_size=5), st.integers(0, 2**32), st.sampled_from([0.01, 1.0, 3.0]), st.booleans(),
+    st.integers(0, 2), st.sampled_from([1, 2, V, 3000]), st.booleans(),
+)  # fmt: skip
+def test_rows_together_draw_what_each_draws_alone(
+    rows: list[Row], seed: int, scale: float, ties: bool, banned: int, vocab_size: int, bounded: bool
 ) -> None:
-    """On a CPU only tokens that may be kept are sorted: few of a long vocabulary, if some are far more probable."""
-    vocab_size = 3000
+    """The same function twice: of a batch by torch, which GPUs may do, and of a row, which a CPU does."""
     logits = logits_of(seed, (len(rows), vocab_size), ties) * scale
-    batch = make_batch(rows, vocab_size)
-    tokens = sample(logits, batch)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampling, "_num_candidates", lambda *_: vocab_size)
-        assert tokens.tolist() == sample(logits, batch).tolist()
+    logits[:, seed % 7 :: 7][:, : banned * 9] = -torch.inf
+    batch = make_batch(rows, vocab_size, bounded=bounded)
+    assert sample_batch(logits, batch).tolist() == sample(logits, batch).tolist()
 
 
-def test_few_candidates_are_looked_at_where_few_are_probable() -> None:
-    batch = make_batch([Row(top_p=0.9), Row(), Row(0.0, top_k=900), Row(top_k=7, top_p=0.5)], 3000)
-    weights = torch.ones(4, 3000, dtype=torch.int64)
-    weights[:, 5] = 2**44
-    assert sampling._num_candidates(weights, batch, 3000) == 7
-    weights[0, :100] = 2**43
-    assert sampling._num_candidates(weights, batch, 3000) == 100
-    assert sampling._num_candidates(torch.ones_like(weights), batch, 3000) == 3000
+def test_what_is_not_a_number_draws_some_token() -> None:
+    logits = torch.randn(3, 500)
+    logits[0] = torch.nan
+    logits[1, 7] = torch.inf
+    logits[2, 3] = torch.nan
+    for row in (Row(), Row(top_p=0.9), Row(top_k=5), Row(top_k=5, top_p=0.5), Row(min_p=0.5)):
+        for way in (sample, sample_batch):
+            assert all(0 <= token < 500 for token in way(logits, make_batch([row] * 3, 500)).tolist())
 
 
 def test_rows_of_any_size_and_place_get_the_same_draws() -> None:
