@@ -1,7 +1,7 @@
-"""One row's draw on a CPU: `sampling.sample_batch`'s token, in a fifth of its operations.
+"""One row's draw on a CPU: the token that `sampling.sample_batch` draws.
 
 Beside a network that streams its weights through the caches, an operation costs what fetching its code costs. So rows
-are drawn one by one, by few operations, and only what may be kept is sorted. Sums are of integers, and so are the same.
+are drawn one by one, by few operations, and only what may be kept is sorted.
 
 Shape suffixes: V vocabulary, C candidates, K those that are kept.
 """
