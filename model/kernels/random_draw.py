@@ -33,10 +33,15 @@ class RandomDraws:
         self._vocab_size, self._tokens_RL = vocab_size, tokens_RL
         # Launched early, a kernel waits for the one before it, whatever that is.
         self._pdl = tokens_RL.device.type == "cuda"
-        self._make_scratch(max_N)
+        self._arrived_N = torch.zeros(0)
+        self._hold(max_N)
 
-    def _make_scratch(self, max_N: int) -> None:
-        device, parts = self._tokens_RL.device, triton.cdiv(self._vocab_size, COLUMNS)
+    def _hold(self, n: int) -> None:
+        """Scratch for at least `n` rows."""
+        if n <= len(self._arrived_N):
+            return
+        max_N, device = triton.next_power_of_2(n), self._tokens_RL.device
+        parts = triton.cdiv(self._vocab_size, COLUMNS)
         self._greedy, self._cuts = GreedyDraws(max_N, self._tokens_RL), Cuts(max_N, device)
         self._parts_NP = torch.zeros(max_N, parts, dtype=torch.int64, device=device)
         self._arrived_N = torch.zeros(max_N, dtype=torch.int32, device=device)
@@ -48,8 +53,7 @@ class RandomDraws:
             logits_NV: float32, rows one behind the other.
             rows_N, positions_N: int64.
         """
-        if len(rows_N) > len(self._arrived_N):
-            self._make_scratch(triton.next_power_of_2(len(rows_N)))
+        self._hold(len(rows_N))
         return self._greedy(logits_NV, rows_N, positions_N, pdl=self._pdl)
 
     def __call__(
@@ -64,6 +68,7 @@ class RandomDraws:
             drawn: has just drawn from these logits; its tokens are overwritten where the temperature is not 0.
         """
         n, v = logits_NV.shape
+        self._hold(n)
         if drawn is None:
             self.greedy(logits_NV, rows_N, batch.position_N)
             drawn = self._greedy

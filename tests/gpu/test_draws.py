@@ -66,7 +66,7 @@ def test_random_draws(kind: str, vocab_size: int) -> None:
         expected = sample(logits, batch)
         written = torch.zeros_like(tokens_RL)
         written[rows_N, batch.position_N] = expected
-        for drawn in (None, greedy if n <= 64 else None):
+        for drawn in (greedy if n <= 64 else None, None):
             tokens_RL.zero_()
             if drawn is not None:
                 drawn(logits, rows_N, batch.position_N)
