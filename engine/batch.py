@@ -131,7 +131,8 @@ class DrawBuilder:
     def _make_static(self, seqs: list[Sequence], positions: list[int]) -> _Static:
         upload, params = self._upload, [seq.params for seq in seqs]
         random = [p for p in params if p.temperature > 0]
-        filtered = [p for p in random if p.top_k or p.top_p < 1]
+        top_ks = [p.top_k for p in random if 0 < p.top_k < self._vocab_size]
+        filtered = [p for p in random if p.top_k or p.top_p < 1 or p.top_p_decay < 1]
         seeds = [seq.seed - 2**64 if seq.seed >= 2**63 else seq.seed for seq in seqs]  # the int64 of the same bits
         penalties = None
         if any(p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty for p in params):
@@ -156,7 +157,7 @@ class DrawBuilder:
             any_filter=bool(filtered),
             any_min_p=any(p.min_p for p in random),
             max_top_k=max((p.top_k for p in filtered), default=None) if all(p.top_k for p in filtered) else None,
-            largest_top_k=max((p.top_k for p in filtered), default=0),
+            largest_top_k=max(top_ks, default=0),
             penalties=penalties,
             bias=bias,
             bad_words=bad_words,

@@ -77,7 +77,7 @@ class SamplingBatch:
         seed_N: int64, the 64 bits of each sequence's seed.
         position_N: int64, the position in its sequence of the token to be drawn.
         any_random: whether any row has a temperature above 0.
-        any_filter: whether any random row has a top_k or top_p.
+        any_filter: whether any random row may have a top_k below V or a top_p below 1.
         any_min_p: whether any random row has a min_p.
         history_NL: int32 or int64 ids of each row's sequence, valid before position_N, anything after; None when no
             row has penalties or bad words.
@@ -87,7 +87,7 @@ class SamplingBatch:
         allowed_NW: int32 bitmask; token v may come when bit v % 32 of word v // 32 is set; -1 throughout: all may.
         max_top_k: the largest top_k of the random rows that have a top_k or top_p, when each of them has a top_k: then
             only so many candidates a row are sorted. None: the whole vocabulary is. The tokens are the same.
-        largest_top_k: of the random rows; 0: none has one.
+        largest_top_k: of the random rows' that are below V; 0: none is.
     """
 
     temperature_N: torch.Tensor

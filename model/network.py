@@ -86,7 +86,7 @@ class Network(Protocol):
         """Writes the tokens that `sampling.sample` draws into the rows, at the batch's positions; int64 [N].
 
         Args:
-            logits_NV: float32, from `process_logits`; of the last call if that had nothing to do.
+            logits_NV: float32, from `process_logits`: the last call's own where it had nothing to do.
             batch: the rows' parameters.
             rows_N: int64.
         """

@@ -64,7 +64,7 @@ class TensorParallel:
         return made if ok.item() else None
 
     def gather_vocabulary(self, logits_NV: torch.Tensor, vocab_size: int) -> torch.Tensor:
-        """Joins every rank's columns; [N, own columns] → [N, vocab_size].
+        """Joins every rank's columns; [N, own columns] → [N, vocab_size], contiguous.
 
         The ranks' shares are equal up to the last ones (`chunk_bounds`), which are padded for the collective.
         """
@@ -73,7 +73,7 @@ class TensorParallel:
         own = nn.functional.pad(logits_NV, (0, share - logits_NV.shape[1])).contiguous()
         joined = own.new_empty(self.size * n, share)
         all_gather(joined, own, group=self.group)
-        return joined.view(self.size, n, share).transpose(0, 1).reshape(n, self.size * share)[:, :vocab_size]
+        return joined.view(self.size, n, share).transpose(0, 1).reshape(n, -1)[:, :vocab_size].contiguous()
 
 
 def num_kv_heads(args: ModelArgs, tp: TensorParallel) -> int:

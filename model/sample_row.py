@@ -44,7 +44,7 @@ def sample_row(
         kept = _first(logits, logits > least, least, top_k)
         total = int(weights[kept].sum())
     if top_p < 1:
-        limit = min(math.ceil(top_p * total), total)
+        limit = max(1, min(math.ceil(top_p * total), total))  # a top_p that has decayed to 0 keeps the first token
         if kept is None:
             # With V tokens, those that have at most the V-th part of the mass that may be left out are left out.
             kept = (weights > (total - limit) // vocab_size).nonzero()[0]

@@ -22,6 +22,7 @@ COLUMNS = 2048  # of a program
 MAX_TOP_K = 1024  # leaves room in a list for what is between two places
 
 _LISTED = 4096  # tokens of a list
+_TILE = tl.constexpr(256)  # tokens that are looked at together; programs have whole tiles
 _LEVELS, _PLACES = tl.constexpr(3), tl.constexpr(16)
 _UNIT = tl.constexpr(2.0**-11)  # of distances from the largest logit: all of them are exact in float32
 _ONE = tl.constexpr(2.0**44)
@@ -72,6 +73,7 @@ class Cuts:
 
 @triton.jit
 def is_cut(top_k, top_p, V: tl.constexpr):
+    """Of a random row; `SamplingBatch.any_filter` says whether there is one."""
     return (top_k < V) | (top_p < 1.0)
 
 
@@ -103,9 +105,15 @@ def token_key(logit, token):
 
 
 @triton.jit
+def _asked(top_p, total):
+    """The mass that top_p asks for; a top_p that has decayed to 0 for the first token."""
+    return tl.maximum(tl.minimum(tl.ceil(top_p * total.to(tl.float64)).to(tl.int64), total), 1)
+
+
+@triton.jit
 def _places(level, nearest, farthest):
     """A level's places, in units of distance, ascending: at first over every distance that has a weight, then between
-    the two of the level before. Widths are multiples of 16 up to the last level."""
+    the two of the level before. Widths between them are whole: multiples of 256 at first, then of 16."""
     i = tl.arange(0, _PLACES) + 1
     return tl.where(level == 0, i * i * 256, nearest + (farthest - nearest) // _PLACES * i)
 
@@ -113,8 +121,8 @@ def _places(level, nearest, farthest):
 @triton.jit
 def _narrowed(sums_ptr, counts_ptr, top_k, top_p, V: tl.constexpr, LEVELS: tl.constexpr):
     """Between which places the cut is by the first `LEVELS`: what is as near as the one is not enough, what is as near
-    as the other is, if all is. Also the one's mass and number, and the mass to reach (for top_p alone)."""
-    # Two widths before the first place, where nothing is.
+    as the other is, if all is. Also the one's mass, and the mass to reach (for top_p alone)."""
+    # Above the largest logit, where nothing is; from there to the first place it is a multiple of 256, too.
     nearest, farthest = tl.full((), -256, tl.int32), tl.full((), 256 * _PLACES * _PLACES, tl.int32)
     mass, limit = tl.full((), 0, tl.int64), tl.full((), 0, tl.int64)
     num = tl.full((), 0, tl.int32)
@@ -125,7 +133,7 @@ def _narrowed(sums_ptr, counts_ptr, top_k, top_p, V: tl.constexpr, LEVELS: tl.co
         counts = num + tl.load(counts_ptr + level * _PLACES + i)
         if level == 0:
             total = tl.max(sums, 0)
-            limit = tl.minimum(tl.ceil(top_p * total.to(tl.float64)).to(tl.int64), total)
+            limit = _asked(top_p, total)
         enough = tl.where(top_k < V, counts.to(tl.int64) >= top_k, sums >= limit)
         place = tl.min(tl.where(enough, i, _PLACES - 1), 0)
         at = _places(level, nearest, farthest)
@@ -159,10 +167,9 @@ def _measure_kernel(
     counts_ptr += n * _LEVELS * _PLACES
     nearest, farthest, _, _ = _narrowed(sums_ptr, counts_ptr, top_k, top_p, V, LEVEL)
     at = -_UNIT * _places(LEVEL, nearest, farthest).to(tl.float32)
-    TILE: tl.constexpr = 256
-    sums, counts = tl.zeros((TILE, _PLACES), tl.int64), tl.zeros((TILE, _PLACES), tl.int32)
-    for start in range(0, columns, TILE):
-        cols = part * columns + start + tl.arange(0, TILE)
+    sums, counts = tl.zeros((_TILE, _PLACES), tl.int64), tl.zeros((_TILE, _PLACES), tl.int32)
+    for start in range(0, columns, _TILE):
+        cols = part * columns + start + tl.arange(0, _TILE)
         logit = tl.load(logits_ptr + n * V + cols, mask=cols < V, other=float("-inf"))
         relative = _relative(logit, most, temperature)
         inside = _between(relative, nearest, farthest)
@@ -178,10 +185,10 @@ def _measure_kernel(
 
 
 @triton.jit
-def _read(start, source, TILE: tl.constexpr):
+def _read(start, source):
     """Keys and weights of the list or, where it was too short, of the row; weight 0 is nothing."""
     listed, span, values_ptr, ids_ptr, logits_ptr, most, temperature, min_p, nearest, farthest = source
-    at = start + tl.arange(0, TILE)
+    at = start + tl.arange(0, _TILE)
     logit = tl.load(tl.where(listed, values_ptr, logits_ptr) + at, mask=at < span, other=float("-inf"))
     ids = tl.where(listed, tl.load(ids_ptr + at, mask=at < tl.where(listed, span, 0), other=0), at)
     inside = _between(_relative(logit, most, temperature), nearest, farthest)
@@ -190,14 +197,15 @@ def _read(start, source, TILE: tl.constexpr):
 
 
 @triton.jit
-def _masses(at, tile, source, by_weight, TILE: tl.constexpr):
-    """Weight or number of the tokens with keys from each of `at` on. `tile` has the first `TILE` tokens, which is all
+def _masses(at, tile, source, by_weight):
+    """Weight or number of the tokens whose key is at least each of `at`. `tile` has the first tokens, which is all
     unless many logits are nearly equal."""
     keys, weights = tile
+    span = source[1]
     each = tl.where(by_weight == 1, weights, 1)
     mass = tl.sum(tl.where(keys[:, None] >= at[None, :], each[:, None], 0), 0)
-    for start in range(TILE, source[1], TILE):
-        keys, weights = _read(start, source, TILE)
+    for start in range(_TILE, span, _TILE):
+        keys, weights = _read(start, source)
         each = tl.where(by_weight == 1, weights, 1)
         mass += tl.sum(tl.where(keys[:, None] >= at[None, :], each[:, None], 0), 0)
     return mass
@@ -244,14 +252,14 @@ def _cut_kernel(
         tl.store(sums_ptr + i, tl.zeros((_PLACES,), tl.int64))
         tl.store(counts_ptr + i, tl.zeros((_PLACES,), tl.int32))
     if num == 0:  # no token has a weight
+        tl.store(last_key_ptr + n, LOWEST)
         return
-    TILE: tl.constexpr = 256
     listed = num <= LISTED
     span = tl.where(listed, num, V)
     source = (listed, span, values_ptr, ids_ptr, logits_ptr, most, temperature, min_p, nearest, farthest)
-    tile = _read(0, source, TILE)
+    tile = _read(0, source)
     # The last token is the one with the largest key from which on there is enough; sixteen are tried at a time.
-    first, i = num <= TILE, tl.arange(0, _PLACES) + 1
+    first, i = num <= _TILE, tl.arange(0, _PLACES) + 1
     low = tl.where(first, tl.min(tl.where(tile[1] > 0, tile[0], _HIGHEST), 0), LOWEST)
     high = tl.where(first, tl.max(tile[0], 0), _HIGHEST)
     goal = tl.where(top_k < V, tl.minimum(top_k, num.to(tl.int64)), limit - mass)
@@ -260,10 +268,10 @@ def _cut_kernel(
         upper = high
         while low < upper:
             step = (upper - low + _PLACES) // (_PLACES + 1)
-            enough = tl.sum((_masses(low + step * i, tile, source, by_weight, TILE) >= goal).to(tl.int32), 0)
+            enough = tl.sum((_masses(low + step * i, tile, source, by_weight) >= goal).to(tl.int32), 0)
             upper = tl.minimum(upper, low + step * (enough + 1) - 1)
             low += step * enough
         if by_weight == 0:
-            total = tl.max(_masses(low + 0 * i, tile, source, 1, TILE), 0)
-            goal = tl.minimum(tl.ceil(top_p * total.to(tl.float64)).to(tl.int64), total)
+            total = tl.max(_masses(low + 0 * i, tile, source, 1), 0)
+            goal = _asked(top_p, total)
     tl.store(last_key_ptr + n, low)

@@ -52,8 +52,8 @@ class GreedyDraws:
             logits_SV: float32, rows one behind the other.
             rows_S: int64.
             positions_S: int64; a token is written `ahead` places behind. Negative: padding, nothing is.
-            pdl: programmatic dependent launch: starts while the kernel before still runs, whose outputs must only be
-                the logits.
+            pdl: programmatic dependent launch: starts while the kernel before still runs, for which it waits before it
+                reads anything.
         """
         s, v = logits_SV.shape
         assert logits_SV.is_contiguous()

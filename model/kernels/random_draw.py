@@ -30,6 +30,7 @@ class RandomDraws:
     """
 
     def __init__(self, max_N: int, vocab_size: int, tokens_RL: torch.Tensor) -> None:
+        assert vocab_size <= 2**18
         self._vocab_size, self._tokens_RL = vocab_size, tokens_RL
         # Launched early, a kernel waits for the one before it, whatever that is.
         self._pdl = tokens_RL.device.type == "cuda"

@@ -70,7 +70,9 @@ def collectives(rank: int, world_size: int, store: str, dtypes: str) -> None:
         for vocab in (world_size * 4, world_size * 4 - 1, 17):
             whole = torch.arange(2 * vocab, dtype=torch.float32).view(2, vocab).to(dtype)
             own = whole.chunk(world_size, dim=1)[rank]
-            assert torch.equal(tp.gather_vocabulary(own, vocab), whole), dtype
+            gathered = tp.gather_vocabulary(own, vocab)
+            assert torch.equal(gathered, whole), dtype
+            assert gathered.is_contiguous(), vocab  # kernels that draw ask for it
 
     def fails_on_rank_1() -> str:
         if rank == 1:

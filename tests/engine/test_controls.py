@@ -145,6 +145,7 @@ CONTROLS: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
         ({"logit_bias": {EOS: 26.0}}, {"ignore_eos": True}),
     ],
     "top_p_decay": [
+        (HOT, {"top_p_decay": 0.8}),
         (HOT | {"top_p": 0.95}, {"top_p_decay": 0.8}),
         (HOT | {"top_p": 0.95, "top_p_decay": 0.5}, {"top_p_min": 0.6}),
         (HOT | {"top_p": 0.99, "top_p_decay": 0.5}, {"top_p_reset_ids": tuple(range(400, 460))}),

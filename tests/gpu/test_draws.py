@@ -41,7 +41,7 @@ def rows_of(rng: random.Random, n: int) -> list[Row]:
         Row(
             temperature=rng.choice([0.0, 0.3, 0.6, 1.0, 1.7]),
             top_k=rng.choice([0, 0, 0, 1, 5, 50, 1000]),
-            top_p=rng.choice([1.0, 1.0, 1e-9, 0.3, 0.9, 0.999]),
+            top_p=rng.choice([1.0, 1.0, 0.0, 1e-9, 0.3, 0.9, 0.999]),
             min_p=rng.choice([0.0, 0.0, 0.02, 0.5, 1.0]),
             seed=rng.getrandbits(64),
             position=rng.randrange(60),

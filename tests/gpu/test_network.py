@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.gpu.conftest import SEED
+from tests.helpers.draws import Row, make_batch
 from tpserve.model.args import ModelArgs
 from tpserve.model.attention import SequenceSlice
 from tpserve.model.fused_network import FusedNetwork
@@ -196,4 +197,9 @@ def test_nothing_is_compiled_while_serving(monkeypatch: pytest.MonkeyPatch) -> N
             driver.step([*parts, (39, 0, 1)])
     for prompts in (3, 16, 17, 30):
         driver.step([(row, 0, 40) for row in range(prompts)])
+    for n in (1, 3, 300):
+        logits, rows = torch.randn(n, 1000, device="cuda"), torch.zeros(n, dtype=torch.int64, device="cuda")
+        for controls in (Row(), Row(top_p=0.9), Row(top_k=9, position=16)):
+            driver.network.draw(logits, make_batch([controls] * n, 1000, device="cuda"), rows)
+        driver.network.draw_greedy(logits, rows, rows)
     assert not compiled

@@ -40,7 +40,7 @@ def make_batch(
         any_filter=bool(filtered),
         any_min_p=any(r.min_p > 0 for r in chosen),
         max_top_k=max_top_k if bounded and max_top_k else None,
-        largest_top_k=max((r.top_k for r in filtered), default=0),
+        largest_top_k=max((r.top_k for r in chosen if r.top_k < vocab_size), default=0),
     )
 
 

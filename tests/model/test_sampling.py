@@ -60,7 +60,7 @@ ROWS = st.builds(
     Row,
     temperature=st.sampled_from([0.0, 0.3, 1.0, 1.7]),
     top_k=st.sampled_from([0, 0, 1, 5, 40, 128, V]),
-    top_p=st.sampled_from([1.0, 1.0, 1e-9, 0.3, 0.9, 0.999]),
+    top_p=st.sampled_from([1.0, 1.0, 0.0, 1e-9, 0.3, 0.9, 0.999]),
     min_p=st.sampled_from([0.0, 0.0, 0.02, 0.5, 1.0]),
     seed=st.integers(0, 2**64 - 1),
     position=st.integers(0, 2**31),
