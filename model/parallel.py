@@ -73,7 +73,8 @@ class TensorParallel:
         own = nn.functional.pad(logits_NV, (0, share - logits_NV.shape[1])).contiguous()
         joined = own.new_empty(self.size * n, share)
         all_gather(joined, own, group=self.group)
-        return joined.view(self.size, n, share).transpose(0, 1).reshape(n, -1)[:, :vocab_size].contiguous()
+        whole = joined.view(self.size, n, share).transpose(0, 1).reshape(n, self.size * share)
+        return whole[:, :vocab_size].contiguous()
 
 
 def num_kv_heads(args: ModelArgs, tp: TensorParallel) -> int:

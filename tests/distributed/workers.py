@@ -73,6 +73,7 @@ def collectives(rank: int, world_size: int, store: str, dtypes: str) -> None:
             gathered = tp.gather_vocabulary(own, vocab)
             assert torch.equal(gathered, whole), dtype
             assert gathered.is_contiguous(), vocab  # kernels that draw ask for it
+            assert tp.gather_vocabulary(own[:0], vocab).shape == (0, vocab)  # a step may ask for nothing
 
     def fails_on_rank_1() -> str:
         if rank == 1:
