@@ -9,7 +9,6 @@ Exit status 1: a token differs.
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import fire
 import torch
 
+from tpserve.bench.attention import time_us
 from tpserve.bench.record import write_result
 from tpserve.model.kernels.draw import GreedyDraws
 from tpserve.model.kernels.random_draw import RandomDraws
@@ -32,25 +32,9 @@ _CONTROLS: dict[str, dict[str, float]] = {
 _SCALES = {"flat": 0.1, "peaked": 4.0}  # standard deviation of the logits
 
 
-def device_us(call: Callable[[], object], calls: int = 20) -> float:
-    """Median of five replays of a graph of so many calls, by call."""
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.stream(stream):
-        call()
-        stream.synchronize()
-        with torch.cuda.graph(graph, stream=stream):
-            for _ in range(calls):
-                call()
-    times = []
-    for _ in range(6):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(1e3 * float(begin.elapsed_time(end)) / calls)
-    return statistics.median(times[1:])
+def device_us(call: Callable[[], object]) -> float:
+    """Of one of twenty calls in a graph."""
+    return time_us([call] * 20)
 
 
 def wall_us(call: Callable[[], object], calls: int = 100) -> float:
