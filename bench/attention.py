@@ -23,9 +23,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tpserve.bench.attention_cases import LIMITS, SHAPES, Paged, error, paged, ragged
 from tpserve.bench.record import write_result
-from tpserve.model.kernels.paged_attention import choose_splits, decode_scratch, paged_decode_attention
+from tpserve.model.kernels import hopper_takes
+from tpserve.model.kernels.decode_plan import choose_splits, decode_scratch
+from tpserve.model.kernels.paged_attention import paged_decode_attention
 from tpserve.model.kernels.precompile import compiled_together
-from tpserve.model.kernels.prefill_attention import hopper_takes, paged_prefill_attention
+from tpserve.model.kernels.prefill_attention import paged_prefill_attention
 from tpserve.model.parallel import TensorParallel
 
 _L2_BYTES = 60 << 20
@@ -115,7 +117,7 @@ def measure_decode(heads: int, kv_heads: int, lens: list[int], block_size: int) 
     cases = [make([n - 1 for n in lens], [1] * S) for _ in range(min(max(2, -(-4 * _L2_BYTES // bytes_each)), 40))]
     # As captured in an engine: for sequences that may grow to 16384 tokens.
     processors = torch.cuda.get_device_properties().multi_processor_count
-    splits = choose_splits(S, heads, cases[0].k_cache, dtype, 16384, processors)
+    splits = choose_splits(S, heads, cases[0].k_cache, dtype, block_size, 16384, processors)
     scratch = decode_scratch(S, heads, E, splits, cases[0].q_THE.device)
     out = torch.empty(S, heads, E, dtype=dtype, device="cuda")
 

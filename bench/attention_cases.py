@@ -7,7 +7,8 @@ import random
 
 import torch
 
-from tpserve.model.kernels.paged_attention import choose_splits, decode_scratch, paged_decode_attention
+from tpserve.model.kernels.decode_plan import Config, choose_splits, decode_scratch
+from tpserve.model.kernels.paged_attention import paged_decode_attention
 from tpserve.model.kernels.prefill_attention import PrefillTiles, paged_prefill_attention, prefill_tiles
 
 LIMITS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -35,14 +36,16 @@ class Paged:
     slots: list[torch.Tensor]
     block_size: int
 
-    def decode(self, num_splits: int | None = None) -> torch.Tensor:
+    def decode(self, num_splits: int | None = None, config: Config | None = None) -> torch.Tensor:
         """`paged_decode_attention` into a poisoned output."""
         S, H, E = self.q_THE.shape
-        splits = num_splits or choose_splits(S, H, self.k_cache, self.q_THE.dtype, int(self.lens.max()), 132)
+        splits = num_splits or choose_splits(
+            S, H, self.k_cache, self.q_THE.dtype, self.block_size, int(self.lens.max()), 132
+        )
         scratch, out = decode_scratch(S, H, E, splits, self.q_THE.device), torch.full_like(self.q_THE, float("nan"))
         paged_decode_attention(
             self.q_THE, self.k_cache, self.v_cache, self.tables_RB, self.rows, self.lens, out, scratch,
-            block_size=self.block_size, num_splits=splits,
+            block_size=self.block_size, num_splits=splits, config=config,
         )  # fmt: skip
         assert not scratch.arrived.any(), "a counter was left behind"
         return out

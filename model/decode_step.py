@@ -19,9 +19,10 @@ import torch.distributed as dist
 from tpserve.model.head import head_product
 from tpserve.model.kernels import linear, norm, pointwise
 from tpserve.model.kernels.all_reduce import WordExchange
+from tpserve.model.kernels.decode_plan import choose_splits, decode_scratch
 from tpserve.model.kernels.draw import GreedyDraws
 from tpserve.model.kernels.mixed import matmul
-from tpserve.model.kernels.paged_attention import choose_splits, decode_scratch, paged_decode_attention
+from tpserve.model.kernels.paged_attention import paged_decode_attention
 from tpserve.model.kernels.rope import rope_and_write
 from tpserve.model.kernels.row_exchange import RowExchange
 from tpserve.model.kernels.tiles import Stream, Tile, choose_tiles
@@ -124,7 +125,10 @@ class DecodeStep:
         if tp.size > 1:
             self._own_logits_SV = zeros(rows, self._head_VD.shape[0], dtype=torch.float32)
         processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-        self._splits = {s: choose_splits(s, h, cache.k[0], dtype, tokens_RL.shape[1], processors) for s in batch_sizes}
+        size = cache.block_size
+        self._splits = {
+            s: choose_splits(s, h, cache.k[0], dtype, size, tokens_RL.shape[1], processors) for s in batch_sizes
+        }
         items = max(s * splits for s, splits in self._splits.items())
         self._scratch = decode_scratch(largest, h, e, -(-items // largest), device)
         weights = (first.wqkv_ND, first.wo_DN, first.w13_ND, first.w2_DF)

@@ -16,14 +16,9 @@ import torch
 
 from tpserve.model.decode_step import FusedLayer
 from tpserve.model.kernels import pointwise
+from tpserve.model.kernels.decode_plan import DecodeScratch, choose_splits, decode_scratch, decode_variants
 from tpserve.model.kernels.mixed import MAX_MIXED_ROWS
-from tpserve.model.kernels.paged_attention import (
-    DecodeScratch,
-    choose_splits,
-    decode_scratch,
-    decode_variants,
-    paged_decode_attention,
-)
+from tpserve.model.kernels.paged_attention import paged_decode_attention
 from tpserve.model.kernels.prefill_attention import compile_for_many, paged_prefill_attention, prefill_tiles
 from tpserve.model.kernels.rope import rope_and_write
 from tpserve.model.kernels.row_exchange import RowExchange
@@ -143,8 +138,8 @@ class FusedForward:
         """Compiles every variant of the kernels, lest somebody wait for it: by steps that write and read no keys, of as
         many layers as there are kinds of: those before the last, and the last."""
         variants = decode_variants(
-            len(self._tables_RB), self._heads, self._cache.k[0], self._model.output.weight.dtype
-        )  # fmt: skip
+            len(self._tables_RB), self._heads, self._cache.k[0], self._model.output.weight.dtype, self._cache.block_size
+        )
         many = MAX_MIXED_ROWS + 1  # from here on matrices of fewer bits are widened in memory
         steps = [(0, 64), (0, many), *((n, n) for n in variants)]
         if self._tp.size > 1:
@@ -162,7 +157,8 @@ class FusedForward:
         if not num_decodes:
             return None, 0
         splits = choose_splits(
-            num_decodes, self._heads, self._cache.k[0], self._model.output.weight.dtype, self._max_len, self._processors
-        )
+            num_decodes, self._heads, self._cache.k[0], self._model.output.weight.dtype, self._cache.block_size,
+            self._max_len, self._processors,
+        )  # fmt: skip
         device = self._tables_RB.device
         return decode_scratch(num_decodes, self._heads, self._head_dim, splits, device), splits

@@ -31,10 +31,28 @@ def supports(device: torch.device, dtype: torch.dtype, n_heads: int, n_kv_heads:
 
 @functools.cache
 def has_gluon() -> bool:
-    """Whether `stream.py` and `prefill_hopper.py` compile: Gluon, in which they are written, is still in motion from
-    version to version."""
+    """Whether `stream.py`, `prefill_hopper.py` and `decode_hopper.py` compile: Gluon, in which they are written, is
+    still in motion from version to version."""
     try:
         version = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         return False
     return version.split(".")[:2] in (["3", "6"], ["3", "7"])
+
+
+def hopper_takes(k_cache: torch.Tensor, dtype: torch.dtype, block_size: int) -> bool:
+    """Whether `prefill_hopper.py` and `decode_hopper.py` can attend to this cache, with queries of this type."""
+    return (
+        has_gluon()
+        and dtype in (torch.bfloat16, torch.float16)
+        and k_cache.dtype == dtype
+        and k_cache.shape[2] in (64, 128)
+        and block_size % 16 == 0
+        and _generation(k_cache.device) == 9
+    )
+
+
+@functools.cache
+def _generation(device: torch.device) -> int:
+    """Asked at every launch."""
+    return torch.cuda.get_device_capability(device)[0]

@@ -12,12 +12,12 @@ stretch is follows from the lengths, which only the device knows: a CUDA graph c
 lengths, and a long sequence beside short ones is cut into more items. The grid has `num_splits` items a sequence; of
 the shares to hand out, one a sequence is kept back for rounding up, so that there are never more items than programs.
 The last program of a sequence to finish adds up what all of them found.
+
+Where Hopper's copy engine can bring keys and values, `decode_hopper.py` does the same.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import math
 
 import torch
@@ -26,101 +26,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tpserve.model.kernels.attend import attend, beside_float8
-
-_MAX_PARTS = 64  # of a sequence: to add them up takes time, too
-_LONG = 1024  # keys of an item, from which on there may be more parts
-_MANY = 2048  # pairs of a sequence and a key/value head: one tile fewer in flight is as fast, and leaves room
-_FEW = 128  # programs: small tiles in flight would not keep the memory busy
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """How a launch is cut.
-
-    Attributes:
-        keys: of a tile.
-        warps: of a program.
-        stages: tiles in flight, and one.
-        least: keys that an item has at least.
-        programs: a processor, of the items that lengths are cut into.
-    """
-
-    keys: int
-    warps: int
-    stages: int
-    least: int
-    programs: int
-
-
-@dataclasses.dataclass(frozen=True)
-class DecodeScratch:
-    """What programs of one launch tell each other; launches that may run at the same time need one each.
-
-    Attributes:
-        partial: float32 [items, H, E], softmax-weighted values of an item.
-        lse: float32 [items, H], log2 of the sum of its exponentials.
-        arrived: int32 [S, K], zero between launches.
-    """
-
-    partial: torch.Tensor
-    lse: torch.Tensor
-    arrived: torch.Tensor
-
-
-def decode_scratch(max_S: int, H: int, E: int, max_splits: int, device: torch.device) -> DecodeScratch:
-    """Scratch for launches of up to `max_S` sequences with up to `max_splits` splits each."""
-    items = max_S * max_splits
-    return DecodeScratch(
-        partial=torch.empty(items, H, E, dtype=torch.float32, device=device),
-        lse=torch.empty(items, H, dtype=torch.float32, device=device),
-        arrived=torch.zeros(max_S, H, dtype=torch.int32, device=device),
-    )
-
-
-@functools.cache
-def _has_room(device: torch.device) -> bool:
-    """For programs of up to 226 KiB of shared memory: of Hopper's and of servers' Blackwell GPUs there are 227."""
-    return torch.cuda.get_device_capability(device)[0] in (9, 10)
-
-
-def _config(S: int, G: int, k_cache: torch.Tensor, dtype: torch.dtype) -> Config:
-    """As measured on an H200. One warp needs no barriers. Where there is room, as many programs as fit: fewer crowd
-    on the processors that the kernel before leaves first. Items are added up in the time of some hundred keys."""
-    if dtype == torch.float32:
-        return Config(16, 4, 1, 16 * max(1, G // 2), 2)
-    _, K, E = k_cache.shape
-    if E > 128 or not _has_room(k_cache.device) or (k_cache.dtype == torch.float8_e4m3fn and S > 1):
-        return Config(32, 1, 3, 32 * max(1, G // 2), 2)
-    if S * K * _max_parts(G) < _FEW:
-        return Config(128, 4, 3, 128 if G == 1 else 256, 1)
-    return Config(32, 1, 4 if S * K < _MANY else 3, 128, 4)
-
-
-def _padded_sequences(S: int) -> int:
-    return 1 if S == 1 else max(16, triton.next_power_of_2(S))
-
-
-def decode_variants(max_S: int, H: int, k_cache: torch.Tensor, dtype: torch.dtype) -> list[int]:
-    """Numbers of sequences, one for each variant that the kernel is compiled in for up to `max_S` of them."""
-    G = H // k_cache.shape[1]
-    first: dict[object, int] = {}
-    for S in range(1, max_S + 1):
-        first.setdefault((_padded_sequences(S), _config(S, G, k_cache, dtype)), S)
-    return list(first.values())
-
-
-def _max_parts(G: int) -> int:
-    """A program that adds up G heads of many parts takes longer than their keys took."""
-    return _MAX_PARTS if G == 1 else _MAX_PARTS // 2
-
-
-def choose_splits(S: int, H: int, k_cache: torch.Tensor, dtype: torch.dtype, max_len: int, num_sms: int) -> int:
-    """Items a sequence, for a graph captured for S sequences of up to `max_len` keys: as many as all processors take at
-    a time, and at least one."""
-    K = k_cache.shape[1]
-    config = _config(S, H // K, k_cache, dtype)
-    fitting = config.programs * num_sms // (S * K)
-    return min(max(1, fitting), -(-max_len // config.least), _max_parts(H // K)) + (S > 1)
+from tpserve.model.kernels.decode_plan import LONG, Config, DecodeScratch, choose_config, max_parts, padded_sequences
 
 
 @triton.jit
@@ -265,24 +171,32 @@ def paged_decode_attention(
         tables_RB: int32 or int64; rows_S says which row is whose.
         lens_S: int32 or int64, keys of each sequence; 0: padding, its output is 0.
         out_SHE: written.
-        num_splits: items a sequence, see `choose_splits`.
-        pdl: programmatic dependent launch: starts while the kernel before still runs, of which `rows_S` and `lens_S`
-            must then not be the outputs.
+        num_splits: items a sequence, see `decode_plan.choose_splits`.
+        pdl: programmatic dependent launch: starts while the kernel before still runs, of which `rows_S`, `lens_S` and
+            keys and values but each sequence's newest must then not be the outputs.
         config: in place of the tuned one.
     """
     S, H, E = q_SHE.shape
     K = k_cache.shape[1]
     G = H // K
-    config = config or _config(S, G, k_cache, q_SHE.dtype)
+    config = config or choose_config(S, G, k_cache, q_SHE.dtype, block_size)
+    shares = num_splits if S == 1 else max(1, S * (num_splits - 1))
+    if config.hopper:
+        from tpserve.model.kernels import decode_hopper  # Gluon is not in every Triton
+
+        decode_hopper.launch(
+            q_SHE, k_cache, v_cache, tables_RB, rows_S, lens_S, out_SHE, scratch, config,
+            block_size=block_size, items=S * num_splits, shares=shares, pdl=pdl,
+        )  # fmt: skip
+        return
     CG = triton.next_power_of_2(G)
     _decode_kernel[(S * num_splits * K,)](
         q_SHE, k_cache, v_cache, tables_RB, rows_S, lens_S, out_SHE, scratch.partial, scratch.lse, scratch.arrived,
-        S, num_splits if S == 1 else max(1, S * (num_splits - 1)),
-        q_SHE.stride(0), out_SHE.stride(0), tables_RB.stride(0), math.log2(math.e) / math.sqrt(E),
+        S, shares, q_SHE.stride(0), out_SHE.stride(0), tables_RB.stride(0), math.log2(math.e) / math.sqrt(E),
         K=K, G=G, GP=max(8, CG), E=E, EP=max(16, triton.next_power_of_2(E)),
-        SP=_padded_sequences(S),
+        SP=padded_sequences(S),
         BLOCK=block_size, BN=config.keys, STAGES=config.stages, CS=max(1, 16 * config.warps // CG), CG=CG,
-        LEAST=config.least, MOST=_max_parts(G), LONG=_LONG,
+        LEAST=config.least, MOST=max_parts(G), LONG=LONG,
         OFFSET=tl.int32 if k_cache.numel() < 2**31 else tl.int64,
         PRECISION="ieee" if q_SHE.dtype == torch.float32 else "tf32", PDL=pdl,
         num_warps=config.warps, launch_pdl=pdl,

@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tpserve.model.kernels import has_gluon
+from tpserve.model.kernels import hopper_takes
 from tpserve.model.kernels.attend import beside_float8
 
 # Tokens times heads from which on every processor of a Hopper GPU has queries: with 512 tokens of 32 heads 13.2 µs
@@ -138,18 +138,6 @@ def _rows_a_tile(E: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
         return 32, 32, 4, 1
     # Taller tiles read the keys less often, but two of these fit a multiprocessor and fill each other's waits.
     return 64, 64 if E <= 128 else 32, 4, 3
-
-
-def hopper_takes(k_cache: torch.Tensor, dtype: torch.dtype, block_size: int) -> bool:
-    """Whether `prefill_hopper.py` can attend to this cache, with queries of this type."""
-    return (
-        has_gluon()
-        and dtype in (torch.bfloat16, torch.float16)
-        and k_cache.dtype == dtype
-        and k_cache.shape[2] in (64, 128)
-        and block_size % 16 == 0
-        and torch.cuda.get_device_capability(k_cache.device)[0] == 9
-    )
 
 
 def _padded(P: int) -> int:

@@ -1,7 +1,6 @@
 """What feeds `prefill_hopper.py`: items drawn, keys and values asked for.
 
-A tile of keys comes in copies of 16, a block of the cache or a part of one, which lie in shared memory as one tile. An
-entry of the ring has the keys of one round and the values of the round before, which are used together.
+An entry of the ring has the keys of one round and the values of the round before, which are used together.
 
 Names are those of `prefill_attention.py`.
 """
@@ -11,18 +10,16 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
+from tpserve.model.kernels.block_copies import COPY, barrier, copy_tile, part, parts_of, places
 from tpserve.model.kernels.prefill_attention import HOPPER_TILE
 
 ROWS = gl.constexpr(HOPPER_TILE)  # of an item
 KEYS = gl.constexpr(64)  # of a tile
 ENTRIES = gl.constexpr(4)  # of the ring
 DRAWN = gl.constexpr(8)  # more items than a producer can be ahead of a consumer
-COPY = gl.constexpr(16)  # keys of a copy
 _BYTES = gl.constexpr(2)
-_NOWHERE = gl.constexpr(0x7FFFFF00)  # a row behind any cache: zeros are copied
-barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier  # before and since Triton 3.7
 
 
 @gluon.jit
@@ -64,44 +61,18 @@ def hear(tickets, drawn, j):
 
 
 @gluon.jit
-def _places(table_ptr, at, end, there, BLOCK: gl.constexpr):
-    """Where in the cache the 16s of a tile of keys begin."""
-    places = ()
-    for c in gl.static_range(KEYS // COPY):
-        pos = at + COPY * c
-        block = gl.load(table_ptr + pos // BLOCK, mask=there & (pos < end), other=0).to(gl.int32)
-        places += (gl.where(pos < end, block * BLOCK + pos % BLOCK, _NOWHERE),)  # type: ignore[assignment]
-    return places
-
-
-@gluon.jit
-def _copy(desc, places, column, ring, slot, full, at, end, E: gl.constexpr, OF_KEYS: gl.constexpr):
-    """Asks for a tile; OF_KEYS: of keys. Of values, the 16 that a sequence ends in are left out."""
-    parts = ring._reinterpret(desc.dtype, [ENTRIES * E * KEYS // (64 * COPY), COPY, 64], desc.layout)
-    for c in gl.static_range(KEYS // COPY):
-        pos = at + COPY * c
-        for half in gl.static_range(E // 64):
-            into = parts.index((slot * (E // 64) + half) * (KEYS // COPY) + c)
-            if OF_KEYS:
-                tma.async_copy_global_to_shared(desc, [places[c], column + half * 64], full, into)
-            else:
-                whole = (pos >= end) | (pos + COPY <= end)
-                tma.async_copy_global_to_shared(desc, [places[c], column + half * 64], full, into, pred=whole)
-
-
-@gluon.jit
 def _copy_last_values(v_desc, v_ptr, table_ptr, column, vs, slot, end, K: gl.constexpr, E: gl.constexpr,
                       BLOCK: gl.constexpr):  # fmt: skip
     """Of the 16 that a sequence ends in those that are its own. The others may be anything, and 0 · NaN is NaN."""
     LANES: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
-    parts = vs._reinterpret(v_desc.dtype, [ENTRIES * E * KEYS // (64 * COPY), COPY, 64], v_desc.layout)
+    parts = parts_of(vs, ENTRIES, KEYS, E, v_desc)
     n, e = gl.arange(0, COPY, gl.SliceLayout(1, LANES)), gl.arange(0, 64, gl.SliceLayout(0, LANES))
     first = end // COPY * COPY
     block = gl.load(table_ptr + first // BLOCK).to(gl.int64)
     v_at = v_ptr + (block * BLOCK + first % BLOCK + n)[:, None] * (K * E) + column + e[None, :]
     for half in gl.static_range(E // 64):
         v = gl.load(v_at + half * 64, mask=(first + n < end)[:, None], other=0.0)
-        parts.index((slot * (E // 64) + half) * (KEYS // COPY) + first % KEYS // COPY).store(v)
+        parts.index(part(slot, half, first % KEYS // COPY, KEYS, E)).store(v)
     fence_async_shared()
     barrier()
 
@@ -127,20 +98,20 @@ def produce(
         table_ptr = tables_ptr + row.to(gl.int64) * table_stride
         head, _first, queries, tile, context, row = item(tiles_ptr, ticket, total, K)
         at = (rounds - 1) * KEYS
-        places = _places(table_ptr, at, end, True, BLOCK)
+        starts = places(table_ptr, at, end, True, BLOCK, KEYS)
         slot = n % ENTRIES
         mbarrier.wait(free.index(slot), n // ENTRIES % 2 ^ 1)
         mbarrier.arrive(full.index(slot))  # for values, of which there are none yet
         mbarrier.expect(full.index(slot), TILE)
-        _copy(k_desc, places, column, ks, slot, full.index(slot), at, end, E, True)
+        copy_tile(k_desc, starts, column, ks, slot, full.index(slot), ENTRIES, KEYS, E)
         n += 1
         for i in range(1, rounds + 1):
-            next_places = _places(table_ptr, at - KEYS, end, i < rounds, BLOCK)
+            next_starts = places(table_ptr, at - KEYS, end, i < rounds, BLOCK, KEYS)
             slot = n % ENTRIES
             mbarrier.wait(free.index(slot), n // ENTRIES % 2 ^ 1)
             if i < rounds:
                 mbarrier.expect(full.index(slot), TILE)
-                _copy(k_desc, next_places, column, ks, slot, full.index(slot), at - KEYS, end, E, True)
+                copy_tile(k_desc, next_starts, column, ks, slot, full.index(slot), ENTRIES, KEYS, E)
             else:
                 mbarrier.arrive(full.index(slot))
             if (i == 1) & (end % COPY != 0):
@@ -148,7 +119,7 @@ def produce(
                 mbarrier.expect(full.index(slot), TILE - COPY * E * _BYTES)
             else:
                 mbarrier.expect(full.index(slot), TILE)
-            _copy(v_desc, places, column, vs, slot, full.index(slot), at, end, E, False)
+            copy_tile(v_desc, starts, column, vs, slot, full.index(slot), ENTRIES, KEYS, E, at, end)
             n += 1
             at -= KEYS
-            places = next_places
+            starts = next_starts

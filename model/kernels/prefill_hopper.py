@@ -29,9 +29,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from tpserve.model.kernels.prefill_copies import COPY, DRAWN, ENTRIES, KEYS, ROWS, barrier, hear, item, produce, seen_by
+from tpserve.model.kernels.block_copies import barrier, descriptors
+from tpserve.model.kernels.prefill_copies import DRAWN, ENTRIES, KEYS, ROWS, hear, item, produce, seen_by
 
 
 @gluon.jit
@@ -202,11 +202,7 @@ def launch(
 ) -> None:
     """`paged_prefill_attention` with tiles of `ROWS` rows, for what `hopper_takes` says yes to."""
     E, K = q_THE.shape[2], k_cache.shape[1]
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    k_desc, v_desc = (
-        TensorDescriptor(cache.flatten(1), [len(cache), K * E], [K * E, 1], [COPY.value, 64], layout)
-        for cache in (k_cache, v_cache)
-    )
+    k_desc, v_desc = descriptors(k_cache, v_cache)
     items = len(tiles_I5) - 1
     processors = torch.cuda.get_device_properties(q_THE.device).multi_processor_count
     _prefill_kernel[(min(items * K, processors),)](

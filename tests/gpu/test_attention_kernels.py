@@ -48,7 +48,8 @@ def test_decoding_one_sequence(dtype: torch.dtype, length: int, num_splits: int)
 
 def test_one_graph_serves_growing_lengths() -> None:
     from tpserve.bench.attention_cases import LIMITS, error, paged
-    from tpserve.model.kernels.paged_attention import decode_scratch, paged_decode_attention
+    from tpserve.model.kernels.decode_plan import decode_scratch
+    from tpserve.model.kernels.paged_attention import paged_decode_attention
 
     case = paged([2999, 10, 700, 64], [1] * 4, heads=8, kv_heads=2, width=128, dtype=torch.bfloat16)
     lens = case.lens.clone()
@@ -97,7 +98,7 @@ def test_chunks_of_prompts_on_hopper(
     dtype: torch.dtype, heads: int, kv_heads: int, width: int, block_size: int
 ) -> None:
     from tpserve.bench.attention_cases import LIMITS, error, paged, ragged
-    from tpserve.model.kernels.prefill_attention import hopper_takes
+    from tpserve.model.kernels import hopper_takes
 
     contexts, queries = [9, 3, 0, 0, 1000, *ragged(8, 700)], [1, 0, 37, 200, 65, *ragged(8, 500)]
     case = paged(contexts, queries, heads=heads, kv_heads=kv_heads, width=width, dtype=dtype, block_size=block_size)
@@ -113,7 +114,7 @@ def test_chunks_of_prompts_on_hopper(
 
 def test_tiles_that_read_most_come_first() -> None:
     from tpserve.bench.attention_cases import paged
-    from tpserve.model.kernels.prefill_attention import hopper_takes
+    from tpserve.model.kernels import hopper_takes
 
     contexts, queries = [700, 0, 0, 64, 3], [129, 500, 0, 500, 1]
     case = paged(contexts, queries, heads=16, kv_heads=4, width=128, dtype=torch.bfloat16)
