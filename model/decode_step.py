@@ -19,7 +19,7 @@ import torch.distributed as dist
 from tpserve.model.head import head_product
 from tpserve.model.kernels import linear, norm, pointwise
 from tpserve.model.kernels.all_reduce import WordExchange
-from tpserve.model.kernels.decode_plan import choose_splits, decode_scratch
+from tpserve.model.kernels.decode_plan import choose_items, decode_scratch
 from tpserve.model.kernels.draw import GreedyDraws
 from tpserve.model.kernels.mixed import matmul
 from tpserve.model.kernels.paged_attention import paged_decode_attention
@@ -125,12 +125,9 @@ class DecodeStep:
         if tp.size > 1:
             self._own_logits_SV = zeros(rows, self._head_VD.shape[0], dtype=torch.float32)
         processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-        size = cache.block_size
-        self._splits = {
-            s: choose_splits(s, h, cache.k[0], dtype, size, tokens_RL.shape[1], processors) for s in batch_sizes
-        }
-        items = max(s * splits for s, splits in self._splits.items())
-        self._scratch = decode_scratch(largest, h, e, -(-items // largest), device)
+        size, longest = cache.block_size, tokens_RL.shape[1]
+        self._items = {s: choose_items(s, h, cache.k[0], dtype, size, longest, processors) for s in batch_sizes}
+        self._scratch = decode_scratch(largest, h, e, max(self._items.values()), device)
         weights = (first.wqkv_ND, first.wo_DN, first.w13_ND, first.w2_DF)
         layer_bytes = sum(weight.nbytes for weight in weights)
         self.tiles = {
@@ -189,7 +186,7 @@ class DecodeStep:
             # Lengths and rows are older than the kernel in front of it, which is what early launching asks for.
             paged_decode_attention(
                 self._q_SHE[:s], self._cache.k[i], self._cache.v[i], self._tables_RB, self.rows_S[:s], self._lens_S[:s],
-                self._attended_SHE[:s], self._scratch, block_size=self._cache.block_size, num_splits=self._splits[s],
+                self._attended_SHE[:s], self._scratch, block_size=self._cache.block_size, num_items=self._items[s],
                 pdl=self._pdl,
             )  # fmt: skip
             tile = self.tiles[s].wo if few else None

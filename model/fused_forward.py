@@ -16,7 +16,7 @@ import torch
 
 from tpserve.model.decode_step import FusedLayer
 from tpserve.model.kernels import pointwise
-from tpserve.model.kernels.decode_plan import DecodeScratch, choose_splits, decode_scratch, decode_variants
+from tpserve.model.kernels.decode_plan import DecodeScratch, choose_items, decode_scratch, decode_variants
 from tpserve.model.kernels.mixed import MAX_MIXED_ROWS
 from tpserve.model.kernels.paged_attention import paged_decode_attention
 from tpserve.model.kernels.prefill_attention import compile_for_many, paged_prefill_attention, prefill_tiles
@@ -102,7 +102,7 @@ class FusedForward:
         lens_S = positions_T[decodes] + 1
         slots_T = self._tables_RB[rows_T, positions_T // size] * size + positions_T % size
         slots_T = torch.where(positions_T < 0, -1, slots_T)
-        scratch, splits = self._scratch(num_decodes)
+        scratch, items = self._scratch(num_decodes)
         stream = residual_stream(
             model, tokens_T, self._tp, self._layers[0].attention_norm_D, self._row_exchange, self._share_exchange
         )
@@ -120,7 +120,7 @@ class FusedForward:
             if scratch is not None:
                 paged_decode_attention(
                     q_THE[decodes], k_cache, v_cache, self._tables_RB, rows_T[decodes], lens_S, out_THE[decodes],
-                    scratch, block_size=size, num_splits=splits,
+                    scratch, block_size=size, num_items=items,
                 )  # fmt: skip
             if tiles is not None:
                 paged_prefill_attention(q_THE, k_cache, v_cache, self._tables_RB, tiles, out_THE, block_size=size)
@@ -156,9 +156,9 @@ class FusedForward:
     def _scratch(self, num_decodes: int) -> tuple[DecodeScratch | None, int]:
         if not num_decodes:
             return None, 0
-        splits = choose_splits(
+        items = choose_items(
             num_decodes, self._heads, self._cache.k[0], self._model.output.weight.dtype, self._cache.block_size,
             self._max_len, self._processors,
         )  # fmt: skip
         device = self._tables_RB.device
-        return decode_scratch(num_decodes, self._heads, self._head_dim, splits, device), splits
+        return decode_scratch(num_decodes, self._heads, self._head_dim, items, device), items

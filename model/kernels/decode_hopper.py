@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tpserve.model.kernels.block_copies import barrier, copy_tile, descriptors, places
-from tpserve.model.kernels.decode_plan import LONG, Config, DecodeScratch, max_parts, padded_sequences
+from tpserve.model.kernels.decode_plan import LONG, Config, DecodeScratch, max_parts, padded_sequences, tries
 
 _BYTES = gl.constexpr(2)
 # Which lane holds what: scores [keys, queries] and sums [E, queries], queries as they are loaded, [E, queries].
@@ -38,13 +38,13 @@ def _plus(a, b):
 
 @gluon.jit
 def _find_item(
-    item, num_seqs, shares, lens_ptr, rows_ptr, SP: gl.constexpr, BN: gl.constexpr, LEAST: gl.constexpr,
-    MOST: gl.constexpr, LONG: gl.constexpr,
+    item, num_seqs, slots, lens_ptr, rows_ptr, SP: gl.constexpr, BN: gl.constexpr, LEAST: gl.constexpr,
+    MOST: gl.constexpr, LONG: gl.constexpr, TRIES: gl.constexpr,
 ):  # fmt: skip
     """`paged_attention._find_item`."""
     if SP == 1:
         length = gl.load(lens_ptr).to(gl.int32)
-        stretch = gl.maximum(gl.cdiv(length, shares * BN) * BN, LEAST)
+        stretch = gl.maximum(gl.cdiv(length, slots * BN) * BN, LEAST)
         splits = gl.maximum(gl.cdiv(length, stretch), 1)
         return (item >= splits).to(gl.int32), gl.load(rows_ptr).to(gl.int64), length, splits, item * 0
     LANES: gl.constexpr = gl.BlockedLayout([(SP + 31) // 32], [32], [1], [0])
@@ -52,8 +52,13 @@ def _find_item(
     lens = gl.load(lens_ptr + seqs, mask=seqs < num_seqs, other=0).to(gl.int32)
     rows = gl.load(rows_ptr + seqs, mask=seqs < num_seqs, other=0).to(gl.int64)
     total = gl.sum(lens.to(gl.int64), 0)
-    stretch = gl.maximum((gl.cdiv(total, shares * BN) * BN).to(gl.int32), LEAST)
-    stretch = gl.maximum(stretch, gl.minimum(gl.cdiv(gl.max(lens, 0), MOST * BN) * BN, LONG))
+    shortest = gl.maximum((gl.cdiv(total, slots * BN) * BN).to(gl.int32), LEAST)
+    shortest = gl.maximum(shortest, gl.minimum(gl.cdiv(gl.max(lens, 0), MOST * BN) * BN, LONG))
+    stretch = shortest
+    for i in gl.static_range(TRIES + 1):
+        longer = gl.cdiv(shortest + shortest // (2 * max(1, TRIES)) * (TRIES - i), BN) * BN
+        count = gl.sum(gl.where(seqs < num_seqs, gl.maximum(gl.cdiv(lens, longer), 1), 0), 0)
+        stretch = gl.where(count <= slots, longer, stretch)
     splits = gl.where(seqs < num_seqs, gl.maximum(gl.cdiv(lens, stretch), 1), 0)
     ends = gl.associative_scan(splits, 0, _plus)
     seq = gl.sum((ends <= item).to(gl.int32), 0)
@@ -124,19 +129,21 @@ def _add_up(
     return acc / gl.convert_layout(total, gl.SliceLayout(1, OUT))[:, None]
 
 
-@gluon.jit(do_not_specialize=["num_seqs", "shares", "table_stride"])
+@gluon.jit(do_not_specialize=["num_seqs", "slots", "table_stride"])
 def _decode_kernel(
     q_ptr, k_desc, v_desc, tables_ptr, rows_ptr, lens_ptr, out_ptr, partial_ptr, lse_ptr, arrived_ptr,
-    num_seqs, shares, q_stride, out_stride, table_stride, scale,
+    num_seqs, slots, q_stride, out_stride, table_stride, scale,
     K: gl.constexpr, G: gl.constexpr, GP: gl.constexpr, E: gl.constexpr, SP: gl.constexpr, BLOCK: gl.constexpr,
     BN: gl.constexpr, ENTRIES: gl.constexpr, CS: gl.constexpr, CG: gl.constexpr, LEAST: gl.constexpr,
-    MOST: gl.constexpr, LONG: gl.constexpr, PDL: gl.constexpr,
+    MOST: gl.constexpr, LONG: gl.constexpr, TRIES: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     TYPE: gl.constexpr = q_ptr.dtype.element_ty
     TILE: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     H: gl.constexpr = K * G
     item, head = gl.program_id(0) // K, gl.program_id(0) % K
-    seq, row, length, splits, first = _find_item(item, num_seqs, shares, lens_ptr, rows_ptr, SP, BN, LEAST, MOST, LONG)
+    seq, row, length, splits, first = _find_item(
+        item, num_seqs, slots, lens_ptr, rows_ptr, SP, BN, LEAST, MOST, LONG, TRIES
+    )
     # Of a sequence that is not there, nothing is asked for.
     each = gl.cdiv(length, splits * BN) * BN if SP == 1 else gl.cdiv(length, gl.maximum(splits, 1) * BN) * BN
     start = (item - first) * each
@@ -217,7 +224,7 @@ def launch(
     *,
     block_size: int,
     items: int,
-    shares: int,
+    slots: int,
     pdl: bool,
 ) -> None:
     """`paged_decode_attention` for what `hopper_takes` says yes to."""
@@ -227,9 +234,9 @@ def launch(
     CG = triton.next_power_of_2(G)
     _decode_kernel[(items * K,)](
         q_SHE, *descriptors(k_cache, v_cache), tables_RB, rows_S, lens_S, out_SHE,
-        scratch.partial, scratch.lse, scratch.arrived, S, shares,
+        scratch.partial, scratch.lse, scratch.arrived, S, slots,
         q_SHE.stride(0), out_SHE.stride(0), tables_RB.stride(0), math.log2(math.e) / math.sqrt(E),
         K=K, G=G, GP=max(8, CG), E=E, SP=padded_sequences(S), BLOCK=block_size, BN=config.keys, ENTRIES=config.stages,
-        CS=max(1, 16 // CG), CG=CG, LEAST=config.least, MOST=max_parts(G), LONG=LONG, PDL=pdl,
-        num_warps=1, launch_pdl=pdl,
+        CS=max(1, 16 // CG), CG=CG, LEAST=config.least, MOST=max_parts(G), LONG=LONG,
+        TRIES=tries(S), PDL=pdl, num_warps=1, launch_pdl=pdl,
     )  # fmt: skip

@@ -52,12 +52,11 @@ class DecodeScratch:
     arrived: torch.Tensor
 
 
-def decode_scratch(max_S: int, H: int, E: int, max_splits: int, device: torch.device) -> DecodeScratch:
-    """Scratch for launches of up to `max_S` sequences with up to `max_splits` splits each."""
-    items = max_S * max_splits
+def decode_scratch(max_S: int, H: int, E: int, max_items: int, device: torch.device) -> DecodeScratch:
+    """Scratch for launches of up to `max_S` sequences and `max_items` items."""
     return DecodeScratch(
-        partial=torch.empty(items, H, E, dtype=torch.float32, device=device),
-        lse=torch.empty(items, H, dtype=torch.float32, device=device),
+        partial=torch.empty(max_items, H, E, dtype=torch.float32, device=device),
+        lse=torch.empty(max_items, H, dtype=torch.float32, device=device),
         arrived=torch.zeros(max_S, H, dtype=torch.int32, device=device),
     )
 
@@ -102,12 +101,17 @@ def max_parts(G: int) -> int:
     return _MAX_PARTS if G == 1 else _MAX_PARTS // 2
 
 
-def choose_splits(
+def tries(S: int) -> int:
+    """Longer stretches to try, for items that run all at a time; where sequences are many it is not so important."""
+    return 4 if 1 < S <= 64 else 0
+
+
+def choose_items(
     S: int, H: int, k_cache: torch.Tensor, dtype: torch.dtype, block_size: int, max_len: int, num_sms: int
 ) -> int:
-    """Items a sequence, for a graph captured for S sequences of up to `max_len` keys: as many as all processors take at
-    a time, and at least one."""
+    """Items of a graph captured for S sequences of up to `max_len` keys: as many as all processors take at a time, at
+    least one a sequence, and one a sequence more for rounding up."""
     K = k_cache.shape[1]
     config = choose_config(S, H // K, k_cache, dtype, block_size)
-    fitting = config.programs * num_sms // (S * K)
-    return min(max(1, fitting), -(-max_len // config.least), max_parts(H // K)) + (S > 1)
+    a_sequence = min(-(-max_len // config.least), max_parts(H // K))
+    return max(S, min(config.programs * num_sms // K, S * a_sequence)) + (S if S > 1 else 0)

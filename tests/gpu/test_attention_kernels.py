@@ -21,7 +21,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), SHAPES)
 @pytest.mark.parametrize("block_size", [16, 32])
 def test_decoding_ragged_batches(dtype: torch.dtype, heads: int, kv_heads: int, width: int, block_size: int) -> None:
-    from tpserve.bench.attention_cases import LIMITS, error, paged, ragged
+    from tpserve.bench.attention_cases import LIMITS, configs, error, paged, ragged
 
     lens = ragged(33, 900)
     case = paged(
@@ -30,20 +30,22 @@ def test_decoding_ragged_batches(dtype: torch.dtype, heads: int, kv_heads: int, 
     case.lens[3::5] = 0
     expected = case.reference()
     expected[3::5] = 0
-    for num_splits in (None, 1, 2, 7):
-        out = case.decode(num_splits)
-        assert not out[3::5].any()
-        assert error(out, expected) < LIMITS[dtype]
+    for config in configs(case).values():
+        for num_items in (None, 33, 38, 66, 231):
+            out = case.decode(num_items, config)
+            assert not out[3::5].any()
+            assert error(out, expected) < LIMITS[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("length", [1, 64, 65, 5000])
-@pytest.mark.parametrize("num_splits", [1, 3, 64])
-def test_decoding_one_sequence(dtype: torch.dtype, length: int, num_splits: int) -> None:
-    from tpserve.bench.attention_cases import LIMITS, error, paged
+@pytest.mark.parametrize("num_items", [1, 3, 64])
+def test_decoding_one_sequence(dtype: torch.dtype, length: int, num_items: int) -> None:
+    from tpserve.bench.attention_cases import LIMITS, configs, error, paged
 
     case = paged([length - 1], [1], heads=16, kv_heads=2, width=128, dtype=dtype)
-    assert error(case.decode(num_splits), case.reference()) < LIMITS[dtype]
+    for config in configs(case).values():
+        assert error(case.decode(num_items, config), case.reference()) < LIMITS[dtype]
 
 
 def test_one_graph_serves_growing_lengths() -> None:
@@ -53,12 +55,12 @@ def test_one_graph_serves_growing_lengths() -> None:
 
     case = paged([2999, 10, 700, 64], [1] * 4, heads=8, kv_heads=2, width=128, dtype=torch.bfloat16)
     lens = case.lens.clone()
-    scratch, out = decode_scratch(4, 8, 128, 5, case.lens.device), torch.empty_like(case.q_THE)
+    scratch, out = decode_scratch(4, 8, 128, 20, case.lens.device), torch.empty_like(case.q_THE)
 
     def attend() -> None:
         paged_decode_attention(
             case.q_THE, case.k_cache, case.v_cache, case.tables_RB, case.rows, case.lens, out, scratch,
-            block_size=16, num_splits=5,
+            block_size=16, num_items=20,
         )  # fmt: skip
 
     attend()
