@@ -12,6 +12,7 @@ Exit status 1: a check failed.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -21,11 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tpserve.bench.attention_cases import LIMITS, SHAPES, Paged, configs, error, paged, ragged
+from tpserve.bench.attention_cases import LIMITS, SHAPES, Paged, error, paged, ragged
 from tpserve.bench.record import write_result
 from tpserve.model.kernels import hopper_takes
-from tpserve.model.kernels.decode_plan import choose_items, decode_scratch
-from tpserve.model.kernels.paged_attention import paged_decode_attention
+from tpserve.model.kernels.decode_plan import deal, decode_scratch
 from tpserve.model.kernels.precompile import compiled_together
 from tpserve.model.kernels.prefill_attention import paged_prefill_attention
 from tpserve.model.parallel import TensorParallel
@@ -66,11 +66,12 @@ def _checks() -> Iterator[Check]:
                 case = make([n - 1 for n in ragged(33, 900)], [1] * 33)
                 case.lens[3::5] = 0
                 one = make(ragged(1, 2000), [1])
-                for kind, config in configs(case).items():
-                    for num_items in (None, 33, 38, 231):
-                        run = functools.partial(case.decode, num_items, config)
+                for kind, cut in case.cuts().items():
+                    for items in (33, 38, cut.items, 231):
+                        run = functools.partial(case.decode, dataclasses.replace(cut, items=items))
                         yield f"decode{kind} {dtype}", limit, run, functools.partial(_without_padding, case)
-                    yield f"decode 1{kind} {dtype}", limit, functools.partial(one.decode, None, config), one.reference
+                for kind, cut in one.cuts().items():
+                    yield f"decode 1{kind} {dtype}", limit, functools.partial(one.decode, cut), one.reference
                 queries = [1, 0, 37, 200, *ragged(4, 150)]
                 contexts = [9, 3, 0, 0, *ragged(4, 400)]
                 case = make(contexts, queries, index=torch.int32)
@@ -118,19 +119,21 @@ def measure_decode(heads: int, kv_heads: int, lens: list[int], block_size: int) 
     cases = [make([n - 1 for n in lens], [1] * S) for _ in range(min(max(2, -(-4 * _L2_BYTES // bytes_each)), 40))]
     # As captured in an engine: for sequences that may grow to 16384 tokens.
     processors = torch.cuda.get_device_properties().multi_processor_count
-    items = choose_items(S, heads, cases[0].k_cache, dtype, block_size, 16384, processors)
-    scratch = decode_scratch(S, heads, E, items, cases[0].q_THE.device)
+    cut = cases[0].cut(16384, processors)
+    # Items are dealt once a step, for all layers.
+    every = [decode_scratch(S, heads, E, cut.items, c.q_THE.device) for c in cases]
+    for c, scratch in zip(cases, every, strict=True):
+        deal(cut, scratch, c.rows, c.lens - 1)
     out = torch.empty(S, heads, E, dtype=dtype, device="cuda")
 
-    def ours(c: Paged, early: bool) -> Callable[[], object]:
-        return lambda: paged_decode_attention(
-            c.q_THE, c.k_cache, c.v_cache, c.tables_RB, c.rows, c.lens, out, scratch,
-            block_size=block_size, num_items=items, pdl=early,
-        )  # fmt: skip
+    def ours(early: bool) -> list[Callable[[], object]]:
+        return [
+            functools.partial(c.decode_into, out, cut, scratch, early) for c, scratch in zip(cases, every, strict=True)
+        ]
 
     rounds = max(1, 16 // len(cases))
-    figures = {name: time_us([ours(c, name == "early") for c in cases] * rounds) for name in ("paged", "early")}
-    figures = {"items": items, "TB/s": round(bytes_each / figures["paged"] / 1e6, 2)} | figures
+    figures = {name: time_us(ours(name == "early") * rounds) for name in ("paged", "early")}
+    figures = {"items": cut.items, "TB/s": round(bytes_each / figures["paged"] / 1e6, 2)} | figures
     if min(lens) != length:
         return figures
     triples = []

@@ -7,7 +7,7 @@ import random
 
 import torch
 
-from tpserve.model.kernels.decode_plan import Config, choose_config, choose_items, decode_scratch
+from tpserve.model.kernels.decode_plan import Config, Cut, DecodeScratch, choose_cut, deal, decode_scratch
 from tpserve.model.kernels.paged_attention import paged_decode_attention
 from tpserve.model.kernels.prefill_attention import PrefillTiles, paged_prefill_attention, prefill_tiles
 
@@ -36,19 +36,36 @@ class Paged:
     slots: list[torch.Tensor]
     block_size: int
 
-    def decode(self, num_items: int | None = None, config: Config | None = None) -> torch.Tensor:
+    def cut(self, max_len: int = 0, num_sms: int = 132) -> Cut:
+        """As chosen for these sequences; max_len: that they may grow to, if longer than they are."""
+        _, H, _ = self.q_THE.shape
+        longest = max(max_len, int(self.lens.max()))
+        return choose_cut(len(self.lens), H, self.k_cache, self.q_THE.dtype, self.block_size, longest, num_sms)
+
+    def cuts(self) -> dict[str, Cut]:
+        """By name: as chosen, and for Triton's kernel where Gluon's is."""
+        cut = self.cut()
+        if not cut.config.hopper:
+            return {"": cut}
+        return {" Hopper": cut, "": dataclasses.replace(cut, config=Config(32, 1, 4, 128, 4))}
+
+    def decode(self, cut: Cut | None = None) -> torch.Tensor:
         """`paged_decode_attention` into a poisoned output."""
         S, H, E = self.q_THE.shape
-        items = num_items or choose_items(
-            S, H, self.k_cache, self.q_THE.dtype, self.block_size, int(self.lens.max()), 132
-        )
-        scratch, out = decode_scratch(S, H, E, items, self.q_THE.device), torch.full_like(self.q_THE, float("nan"))
-        paged_decode_attention(
-            self.q_THE, self.k_cache, self.v_cache, self.tables_RB, self.rows, self.lens, out, scratch,
-            block_size=self.block_size, num_items=items, config=config,
-        )  # fmt: skip
+        cut = cut or self.cut()
+        scratch, out = decode_scratch(S, H, E, cut.items, self.q_THE.device), torch.full_like(self.q_THE, float("nan"))
+        scratch.items_I8.fill_(2**30)
+        deal(cut, scratch, self.rows, self.lens - 1)
+        self.decode_into(out, cut, scratch)
         assert not scratch.arrived.any(), "a counter was left behind"
         return out
+
+    def decode_into(self, out_SHE: torch.Tensor, cut: Cut, scratch: DecodeScratch, pdl: bool = False) -> None:
+        """With items that were dealt."""
+        paged_decode_attention(
+            self.q_THE, self.k_cache, self.v_cache, self.tables_RB, out_SHE, cut, scratch, block_size=self.block_size,
+            pdl=pdl,
+        )  # fmt: skip
 
     def prefill(self, **choice: int) -> torch.Tensor:
         """`paged_prefill_attention` into a poisoned output."""
@@ -123,14 +140,6 @@ def paged(
         torch.tensor(contexts, dtype=torch.int32, device=device), torch.tensor(lens, dtype=torch.int32, device=device),
         slots, block_size,
     )  # fmt: skip
-
-
-def configs(case: Paged) -> dict[str, Config | None]:
-    """How to decode, by name: as is chosen, and by Triton's kernel where Gluon's is."""
-    _, H, _ = case.q_THE.shape
-    G = H // case.k_cache.shape[1]
-    chosen = choose_config(len(case.lens), G, case.k_cache, case.q_THE.dtype, case.block_size)
-    return {" Hopper": None, "": Config(32, 1, 4, 128, 4)} if chosen.hopper else {"": None}
 
 
 def error(out: torch.Tensor, reference: torch.Tensor) -> float:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from tpserve.model.head import head_product
 from tpserve.model.kernels import linear, norm, pointwise
 from tpserve.model.kernels.all_reduce import WordExchange
-from tpserve.model.kernels.decode_plan import choose_items, decode_scratch
+from tpserve.model.kernels.decode_plan import choose_cut, deal, decode_scratch
 from tpserve.model.kernels.draw import GreedyDraws
 from tpserve.model.kernels.mixed import matmul
 from tpserve.model.kernels.paged_attention import paged_decode_attention
@@ -106,7 +106,7 @@ class DecodeStep:
 
         self.rows_S = zeros(rows, dtype=torch.int64)
         self.positions_S = zeros(rows, dtype=torch.int64).fill_(-1)
-        self._slots_S, self._lens_S = zeros(rows, dtype=torch.int64), zeros(rows, dtype=torch.int64)
+        self._slots_S = zeros(rows, dtype=torch.int64)
         self._count = zeros(1, dtype=torch.int32)  # of steps, for the exchange's epochs
         sums = zeros(rows * (args.dim // 4), dtype=torch.float32)
         residual_SD = zeros(rows, args.dim, dtype=torch.float32)
@@ -126,8 +126,8 @@ class DecodeStep:
             self._own_logits_SV = zeros(rows, self._head_VD.shape[0], dtype=torch.float32)
         processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
         size, longest = cache.block_size, tokens_RL.shape[1]
-        self._items = {s: choose_items(s, h, cache.k[0], dtype, size, longest, processors) for s in batch_sizes}
-        self._scratch = decode_scratch(largest, h, e, max(self._items.values()), device)
+        self._cuts = {s: choose_cut(s, h, cache.k[0], dtype, size, longest, processors) for s in batch_sizes}
+        self._scratch = decode_scratch(largest, h, e, max(cut.items for cut in self._cuts.values()), device)
         weights = (first.wqkv_ND, first.wo_DN, first.w13_ND, first.w2_DF)
         layer_bytes = sum(weight.nbytes for weight in weights)
         self.tiles = {
@@ -179,15 +179,15 @@ class DecodeStep:
         layers, gains = self.layers[:num_layers], [layer.attention_norm_D for layer in self.layers] + [self._norm_D]
         parts = norm.embed(
             self._tokens_RL, self._tables_RB, self.rows_S[:s], self.positions_S[:s], self._embeddings_VD, gains[0],
-            self._normed, self._slots_S, self._lens_S, self._count, self._cache.block_size,
+            self._normed, self._slots_S, self._count, self._cache.block_size,
         )  # fmt: skip
+        deal(self._cuts[s], self._scratch, self.rows_S[:s], self.positions_S[:s], pdl=self._pdl)
         for i, layer in enumerate(layers):
             self._qkv(i, parts, s)
-            # Lengths and rows are older than the kernel in front of it, which is what early launching asks for.
+            # Items are older than the product in front of it, which is what early launching asks for.
             paged_decode_attention(
-                self._q_SHE[:s], self._cache.k[i], self._cache.v[i], self._tables_RB, self.rows_S[:s], self._lens_S[:s],
-                self._attended_SHE[:s], self._scratch, block_size=self._cache.block_size, num_items=self._items[s],
-                pdl=self._pdl,
+                self._q_SHE[:s], self._cache.k[i], self._cache.v[i], self._tables_RB, self._attended_SHE[:s],
+                self._cuts[s], self._scratch, block_size=self._cache.block_size, pdl=self._pdl,
             )  # fmt: skip
             tile = self.tiles[s].wo if few else None
             parts = self._add(self._attended_SHE.flatten(1), layer.wo_DN, layer.ffn_norm_D, s, 2 * i, tile)

@@ -16,7 +16,7 @@ import torch
 
 from tpserve.model.decode_step import FusedLayer
 from tpserve.model.kernels import pointwise
-from tpserve.model.kernels.decode_plan import DecodeScratch, choose_items, decode_scratch, decode_variants
+from tpserve.model.kernels.decode_plan import Cut, DecodeScratch, choose_cut, deal, decode_scratch, decode_variants
 from tpserve.model.kernels.mixed import MAX_MIXED_ROWS
 from tpserve.model.kernels.paged_attention import paged_decode_attention
 from tpserve.model.kernels.prefill_attention import compile_for_many, paged_prefill_attention, prefill_tiles
@@ -99,10 +99,9 @@ class FusedForward:
         """
         model, size = self._model, self._cache.block_size
         decodes = slice(0, num_decodes)
-        lens_S = positions_T[decodes] + 1
         slots_T = self._tables_RB[rows_T, positions_T // size] * size + positions_T % size
         slots_T = torch.where(positions_T < 0, -1, slots_T)
-        scratch, items = self._scratch(num_decodes)
+        decode = self._plan(rows_T[decodes], positions_T[decodes]) if num_decodes else None
         stream = residual_stream(
             model, tokens_T, self._tp, self._layers[0].attention_norm_D, self._row_exchange, self._share_exchange
         )
@@ -117,11 +116,10 @@ class FusedForward:
             qkv_TN = stream.times(layer.wqkv_ND)
             q_THE, out_THE = (qkv_TN.new_empty(len(qkv_TN), self._heads, self._head_dim) for _ in range(2))
             rope_and_write(qkv_TN, q_THE, k_cache, v_cache, model.rope_PC2, positions_T, slots_T)
-            if scratch is not None:
+            if decode is not None:
                 paged_decode_attention(
-                    q_THE[decodes], k_cache, v_cache, self._tables_RB, rows_T[decodes], lens_S, out_THE[decodes],
-                    scratch, block_size=size, num_items=items,
-                )  # fmt: skip
+                    q_THE[decodes], k_cache, v_cache, self._tables_RB, out_THE[decodes], *decode, block_size=size
+                )
             if tiles is not None:
                 paged_prefill_attention(q_THE, k_cache, v_cache, self._tables_RB, tiles, out_THE, block_size=size)
             if rows_N is not None and i == last:  # of the others, only keys and values were wanted
@@ -153,12 +151,12 @@ class FusedForward:
             self._heads, self._cache.k[0], self._tables_RB, self._model.output.weight.dtype, self._cache.block_size
         )
 
-    def _scratch(self, num_decodes: int) -> tuple[DecodeScratch | None, int]:
-        if not num_decodes:
-            return None, 0
-        items = choose_items(
-            num_decodes, self._heads, self._cache.k[0], self._model.output.weight.dtype, self._cache.block_size,
+    def _plan(self, rows_S: torch.Tensor, positions_S: torch.Tensor) -> tuple[Cut, DecodeScratch]:
+        """What the step's decode attention is told."""
+        cut = choose_cut(
+            len(rows_S), self._heads, self._cache.k[0], self._model.output.weight.dtype, self._cache.block_size,
             self._max_len, self._processors,
         )  # fmt: skip
-        device = self._tables_RB.device
-        return decode_scratch(num_decodes, self._heads, self._head_dim, items, device), items
+        scratch = decode_scratch(len(rows_S), self._heads, self._head_dim, cut.items, rows_S.device)
+        deal(cut, scratch, rows_S, positions_S)
+        return cut, scratch

@@ -23,50 +23,12 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tpserve.model.kernels.block_copies import barrier, copy_tile, descriptors, places
-from tpserve.model.kernels.decode_plan import LONG, Config, DecodeScratch, max_parts, padded_sequences, tries
+from tpserve.model.kernels.decode_plan import ITEM, Cut, DecodeScratch
 
 _BYTES = gl.constexpr(2)
 # Which lane holds what: scores [keys, queries] and sums [E, queries], queries as they are loaded, [E, queries].
 _SCORES = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8]))
 _LOADED = gl.constexpr(gl.BlockedLayout([8, 1], [16, 2], [1, 1], [0, 1]))
-
-
-@gluon.jit
-def _plus(a, b):
-    return a + b
-
-
-@gluon.jit
-def _find_item(
-    item, num_seqs, slots, lens_ptr, rows_ptr, SP: gl.constexpr, BN: gl.constexpr, LEAST: gl.constexpr,
-    MOST: gl.constexpr, LONG: gl.constexpr, TRIES: gl.constexpr,
-):  # fmt: skip
-    """`paged_attention._find_item`."""
-    if SP == 1:
-        length = gl.load(lens_ptr).to(gl.int32)
-        stretch = gl.maximum(gl.cdiv(length, slots * BN) * BN, LEAST)
-        splits = gl.maximum(gl.cdiv(length, stretch), 1)
-        return (item >= splits).to(gl.int32), gl.load(rows_ptr).to(gl.int64), length, splits, item * 0
-    LANES: gl.constexpr = gl.BlockedLayout([(SP + 31) // 32], [32], [1], [0])
-    seqs = gl.arange(0, SP, LANES)
-    lens = gl.load(lens_ptr + seqs, mask=seqs < num_seqs, other=0).to(gl.int32)
-    rows = gl.load(rows_ptr + seqs, mask=seqs < num_seqs, other=0).to(gl.int64)
-    total = gl.sum(lens.to(gl.int64), 0)
-    shortest = gl.maximum((gl.cdiv(total, slots * BN) * BN).to(gl.int32), LEAST)
-    shortest = gl.maximum(shortest, gl.minimum(gl.cdiv(gl.max(lens, 0), MOST * BN) * BN, LONG))
-    stretch = shortest
-    for i in gl.static_range(TRIES + 1):
-        longer = gl.cdiv(shortest + shortest // (2 * max(1, TRIES)) * (TRIES - i), BN) * BN
-        count = gl.sum(gl.where(seqs < num_seqs, gl.maximum(gl.cdiv(lens, longer), 1), 0), 0)
-        stretch = gl.where(count <= slots, longer, stretch)
-    splits = gl.where(seqs < num_seqs, gl.maximum(gl.cdiv(lens, stretch), 1), 0)
-    ends = gl.associative_scan(splits, 0, _plus)
-    seq = gl.sum((ends <= item).to(gl.int32), 0)
-    mine = seqs == seq
-    row = gl.sum(gl.where(mine, rows, 0), 0)
-    length = gl.sum(gl.where(mine, lens, 0), 0)
-    first = gl.sum(gl.where(ends <= item, splits, 0), 0)
-    return seq, row, length, gl.sum(gl.where(mine, splits, 0), 0), first
 
 
 @gluon.jit
@@ -129,25 +91,26 @@ def _add_up(
     return acc / gl.convert_layout(total, gl.SliceLayout(1, OUT))[:, None]
 
 
-@gluon.jit(do_not_specialize=["num_seqs", "slots", "table_stride"])
+@gluon.jit(do_not_specialize=["table_stride"])
 def _decode_kernel(
-    q_ptr, k_desc, v_desc, tables_ptr, rows_ptr, lens_ptr, out_ptr, partial_ptr, lse_ptr, arrived_ptr,
-    num_seqs, slots, q_stride, out_stride, table_stride, scale,
-    K: gl.constexpr, G: gl.constexpr, GP: gl.constexpr, E: gl.constexpr, SP: gl.constexpr, BLOCK: gl.constexpr,
-    BN: gl.constexpr, ENTRIES: gl.constexpr, CS: gl.constexpr, CG: gl.constexpr, LEAST: gl.constexpr,
-    MOST: gl.constexpr, LONG: gl.constexpr, TRIES: gl.constexpr, PDL: gl.constexpr,
+    q_ptr, k_desc, v_desc, tables_ptr, out_ptr, items_ptr, partial_ptr, lse_ptr, arrived_ptr,
+    q_stride, out_stride, table_stride, scale,
+    K: gl.constexpr, G: gl.constexpr, GP: gl.constexpr, E: gl.constexpr, BLOCK: gl.constexpr, BN: gl.constexpr,
+    ENTRIES: gl.constexpr, CS: gl.constexpr, CG: gl.constexpr, ITEM: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     TYPE: gl.constexpr = q_ptr.dtype.element_ty
     TILE: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     H: gl.constexpr = K * G
     item, head = gl.program_id(0) // K, gl.program_id(0) % K
-    seq, row, length, splits, first = _find_item(
-        item, num_seqs, slots, lens_ptr, rows_ptr, SP, BN, LEAST, MOST, LONG, TRIES
-    )
-    # Of a sequence that is not there, nothing is asked for.
-    each = gl.cdiv(length, splits * BN) * BN if SP == 1 else gl.cdiv(length, gl.maximum(splits, 1) * BN) * BN
-    start = (item - first) * each
-    end = gl.where(seq < num_seqs, gl.minimum(start + each, length), start)
+    item_ptr = items_ptr + item * ITEM
+    seq, row = gl.load(item_ptr), gl.load(item_ptr + 1).to(gl.int64)
+    start, end, length = gl.load(item_ptr + 2), gl.load(item_ptr + 3), gl.load(item_ptr + 4)
+    splits, first = gl.load(item_ptr + 5), gl.load(item_ptr + 6)
+    if seq < 0:
+        if PDL:
+            gdc_wait()
+            gdc_launch_dependents()
+        return
     whole, tiles = (end - start) // BN, gl.cdiv(end - start, BN)
     table_ptr = tables_ptr + row * table_stride
     column = head * E
@@ -165,8 +128,6 @@ def _decode_kernel(
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    if seq >= num_seqs:
-        return
     for t in gl.static_range(ENTRIES):
         if (t < tiles) & (start + (t + 1) * BN >= length):
             starts = places(table_ptr, start + t * BN, end, True, BLOCK, BN)
@@ -216,27 +177,22 @@ def launch(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     tables_RB: torch.Tensor,
-    rows_S: torch.Tensor,
-    lens_S: torch.Tensor,
     out_SHE: torch.Tensor,
+    cut: Cut,
     scratch: DecodeScratch,
-    config: Config,
     *,
     block_size: int,
-    items: int,
-    slots: int,
     pdl: bool,
 ) -> None:
     """`paged_decode_attention` for what `hopper_takes` says yes to."""
-    S, H, E = q_SHE.shape
-    K = k_cache.shape[1]
+    _, H, E = q_SHE.shape
+    K, config = k_cache.shape[1], cut.config
     G = H // K
     CG = triton.next_power_of_2(G)
-    _decode_kernel[(items * K,)](
-        q_SHE, *descriptors(k_cache, v_cache), tables_RB, rows_S, lens_S, out_SHE,
-        scratch.partial, scratch.lse, scratch.arrived, S, slots,
+    _decode_kernel[(cut.items * K,)](
+        q_SHE, *descriptors(k_cache, v_cache), tables_RB, out_SHE,
+        scratch.items_I8, scratch.partial, scratch.lse, scratch.arrived,
         q_SHE.stride(0), out_SHE.stride(0), tables_RB.stride(0), math.log2(math.e) / math.sqrt(E),
-        K=K, G=G, GP=max(8, CG), E=E, SP=padded_sequences(S), BLOCK=block_size, BN=config.keys, ENTRIES=config.stages,
-        CS=max(1, 16 // CG), CG=CG, LEAST=config.least, MOST=max_parts(G), LONG=LONG,
-        TRIES=tries(S), PDL=pdl, num_warps=1, launch_pdl=pdl,
+        K=K, G=G, GP=max(8, CG), E=E, BLOCK=block_size, BN=config.keys, ENTRIES=config.stages, CS=max(1, 16 // CG),
+        CG=CG, ITEM=ITEM, PDL=pdl, num_warps=1, launch_pdl=pdl,
     )  # fmt: skip

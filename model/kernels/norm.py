@@ -60,7 +60,7 @@ def store_normed(residual, where, gain, residual_ptr, x_ptr, sum_ptr):
 @triton.jit
 def _embed_kernel(
     tokens_ptr, tables_ptr, rows_ptr, positions_ptr, embeddings_ptr, gain_ptr,
-    residual_ptr, x_ptr, sums_ptr, slots_ptr, lens_ptr, step_ptr, tokens_stride, tables_stride,
+    residual_ptr, x_ptr, sums_ptr, slots_ptr, step_ptr, tokens_stride, tables_stride,
     D: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     part, s = tl.program_id(0), tl.program_id(1)
@@ -71,7 +71,6 @@ def _embed_kernel(
     if part == 0:
         block = tl.load(tables_ptr + row * tables_stride + position // BLOCK, mask=known, other=0)
         tl.store(slots_ptr + s, tl.where(known, block * BLOCK + position % BLOCK, -1))
-        tl.store(lens_ptr + s, tl.where(known, position + 1, 0))
         if s == 0:
             tl.store(step_ptr, tl.load(step_ptr) + 1)
     cols = part * C + tl.arange(0, C)
@@ -108,11 +107,10 @@ def embed(
     gain_D: torch.Tensor,
     into: Normed,
     slots_S: torch.Tensor,
-    lens_S: torch.Tensor,
     step: torch.Tensor,
     block_size: int,
 ) -> int:
-    """Begins a step: counts it, finds each row's cache slot (-1: padding) and length, and embeds its token.
+    """Begins a step: counts it, finds each row's cache slot (-1: padding), and embeds its token.
 
     Args:
         positions_S: of the tokens; -1: padding.
@@ -124,7 +122,7 @@ def embed(
     width = _width(dim)
     _embed_kernel[(dim // width, len(rows_S))](
         tokens_RL, tables_RB, rows_S, positions_S, embeddings_VD, gain_D,
-        into.residual_SD, into.x_SD, into.sums, slots_S, lens_S, step, tokens_RL.stride(0), tables_RB.stride(0),
+        into.residual_SD, into.x_SD, into.sums, slots_S, step, tokens_RL.stride(0), tables_RB.stride(0),
         D=dim, C=width, BLOCK=block_size,
     )  # fmt: skip
     return dim // width

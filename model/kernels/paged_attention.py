@@ -7,11 +7,8 @@ Split keys: Dao et al., "Flash-Decoding for long-context inference", 2023.
 Shape suffixes: S sequences (a bucket: entries of length 0 are padding), H query heads and K key/value heads of this
 rank, G = H / K, E head width, R rows and B blocks of the block tables.
 
-One program takes one *item*: a stretch of one sequence's keys, for the G query heads of one key/value head. How long a
-stretch is follows from the lengths, which only the device knows: a CUDA graph captured once serves every mix of
-lengths, and a long sequence beside short ones is cut into more items. There are to be no more of them than programs
-run at a time, if a stretch that is up to half as long again will do it; rounding up makes one more a sequence at most,
-for which there are programs too. The last program of a sequence to finish adds up what all of them found.
+What a program takes was dealt before (`decode_plan.py`): an item, a stretch of one sequence's keys. The last program of
+a sequence to finish adds up what all of them found.
 
 Where Hopper's copy engine can bring keys and values, `decode_hopper.py` does the same.
 """
@@ -26,50 +23,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tpserve.model.kernels.attend import attend, beside_float8
-from tpserve.model.kernels.decode_plan import (
-    LONG,
-    Config,
-    DecodeScratch,
-    choose_config,
-    max_parts,
-    padded_sequences,
-    tries,
-)
-
-
-@triton.jit
-def _find_item(
-    item, num_seqs, slots, lens_ptr, rows_ptr, SP: tl.constexpr, BN: tl.constexpr, LEAST: tl.constexpr,
-    MOST: tl.constexpr, LONG: tl.constexpr, TRIES: tl.constexpr,
-):  # fmt: skip
-    """(sequence, its table row, its length, its number of items, its first item) of an item; sequence >= num_seqs:
-    there is no such item."""
-    if SP == 1:
-        length = tl.load(lens_ptr).to(tl.int32)
-        stretch = tl.maximum(tl.cdiv(length, slots * BN) * BN, LEAST)
-        splits = tl.maximum(tl.cdiv(length, stretch), 1)
-        return (item >= splits).to(tl.int32), tl.load(rows_ptr).to(tl.int64), length, splits, item * 0
-    seqs = tl.arange(0, SP)
-    lens = tl.load(lens_ptr + seqs, mask=seqs < num_seqs, other=0).to(tl.int32)
-    rows = tl.load(rows_ptr + seqs, mask=seqs < num_seqs, other=0).to(tl.int64)
-    # 64 bits: 1024 sequences of a million tokens are 2^30 keys.
-    total = tl.sum(lens.to(tl.int64), 0)
-    shortest = tl.maximum((tl.cdiv(total, slots * BN) * BN).to(tl.int32), LEAST)
-    shortest = tl.maximum(shortest, tl.minimum(tl.cdiv(tl.max(lens, 0), MOST * BN) * BN, LONG))
-    stretch = shortest
-    for i in tl.static_range(TRIES + 1):  # the longest first
-        longer = tl.cdiv(shortest + shortest // (2 * max(1, TRIES)) * (TRIES - i), BN) * BN
-        count = tl.sum(tl.where(seqs < num_seqs, tl.maximum(tl.cdiv(lens, longer), 1), 0), 0)
-        stretch = tl.where(count <= slots, longer, stretch)
-    # Padding has one item too: somebody has to write its zeros.
-    splits = tl.where(seqs < num_seqs, tl.maximum(tl.cdiv(lens, stretch), 1), 0)
-    ends = tl.cumsum(splits, 0)
-    seq = tl.sum((ends <= item).to(tl.int32), 0)
-    mine = seqs == seq
-    row = tl.sum(tl.where(mine, rows, 0), 0)
-    length = tl.sum(tl.where(mine, lens, 0), 0)
-    first = tl.sum(tl.where(ends <= item, splits, 0), 0)
-    return seq, row, length, tl.sum(tl.where(mine, splits, 0), 0), first
+from tpserve.model.kernels.decode_plan import ITEM, Cut, DecodeScratch
 
 
 @triton.jit
@@ -97,31 +51,28 @@ def _add_up(
     return acc / total[:, None]
 
 
-@triton.jit(do_not_specialize=["num_seqs", "slots", "table_stride"])
+@triton.jit(do_not_specialize=["table_stride"])
 def _decode_kernel(
-    q_ptr, k_ptr, v_ptr, tables_ptr, rows_ptr, lens_ptr, out_ptr, partial_ptr, lse_ptr, arrived_ptr,
-    num_seqs, slots, q_stride, out_stride, table_stride, scale,
-    K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, SP: tl.constexpr,
-    BLOCK: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, CS: tl.constexpr, CG: tl.constexpr,
-    LEAST: tl.constexpr, MOST: tl.constexpr, LONG: tl.constexpr, TRIES: tl.constexpr, OFFSET: tl.constexpr,
-    PRECISION: tl.constexpr, PDL: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, tables_ptr, out_ptr, items_ptr, partial_ptr, lse_ptr, arrived_ptr,
+    q_stride, out_stride, table_stride, scale,
+    K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr,
+    BN: tl.constexpr, STAGES: tl.constexpr, CS: tl.constexpr, CG: tl.constexpr, ITEM: tl.constexpr,
+    OFFSET: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     item, head = tl.program_id(0) // K, tl.program_id(0) % K
-    seq, row, length, splits, first = _find_item(
-        item, num_seqs, slots, lens_ptr, rows_ptr, SP, BN, LEAST, MOST, LONG, TRIES
-    )
+    item_ptr = items_ptr + item * ITEM
+    seq, row = tl.load(item_ptr), tl.load(item_ptr + 1).to(tl.int64)
+    start, end = tl.load(item_ptr + 2), tl.load(item_ptr + 3)
+    splits, first = tl.load(item_ptr + 5), tl.load(item_ptr + 6)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    if seq >= num_seqs:
+    if seq < 0:
         return
     H: tl.constexpr = K * G
     g, e, n = tl.arange(0, GP), tl.arange(0, EP), tl.arange(0, BN)
     eg_mask = (e[:, None] < E) & (g[None, :] < G)
     own = (head * G + g)[None, :] * E + e[:, None]
-    each = tl.cdiv(length, splits * BN) * BN
-    start = (item - first) * each
-    end = tl.minimum(start + each, length)
     q = tl.load(q_ptr + seq.to(tl.int64) * q_stride + own, mask=eg_mask, other=0.0)
     q = beside_float8(q, k_ptr.dtype.element_ty)
     PAIRED: tl.constexpr = k_ptr.dtype.element_ty == tl.float8e4nv and q.dtype == tl.float16
@@ -168,50 +119,38 @@ def paged_decode_attention(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     tables_RB: torch.Tensor,
-    rows_S: torch.Tensor,
-    lens_S: torch.Tensor,
     out_SHE: torch.Tensor,
+    cut: Cut,
     scratch: DecodeScratch,
     *,
     block_size: int,
-    num_items: int,
     pdl: bool = False,
-    config: Config | None = None,
 ) -> None:
     """Attends one token of each sequence to all its keys; nothing here waits for the device.
 
     Args:
         q_SHE: bfloat16, float16 or float32; a slice of a wider projection may stand here (heads must be contiguous).
         k_cache, v_cache: [slots, K, E], the token's own key and value included.
-        tables_RB: int32 or int64; rows_S says which row is whose.
-        lens_S: int32 or int64, keys of each sequence; 0: padding, its output is 0.
-        out_SHE: written.
-        num_items: see `decode_plan.choose_items`.
-        pdl: programmatic dependent launch: starts while the kernel before still runs, of which `rows_S`, `lens_S` and
-            keys and values but each sequence's newest must then not be the outputs.
-        config: in place of the tuned one.
+        tables_RB: int32 or int64.
+        out_SHE: written; zeros where a sequence is padding.
+        cut, scratch: as they went through `decode_plan.deal` for this step.
+        pdl: programmatic dependent launch: starts while the kernel before still runs, and the one before that if the
+            last one lets it: they must have written neither items nor keys and values, but each sequence's newest.
     """
-    S, H, E = q_SHE.shape
-    K = k_cache.shape[1]
-    G = H // K
-    config = config or choose_config(S, G, k_cache, q_SHE.dtype, block_size)
-    slots = num_items if S == 1 else max(1, num_items - S)
+    _, H, E = q_SHE.shape
+    K, config = k_cache.shape[1], cut.config
     if config.hopper:
         from tpserve.model.kernels import decode_hopper  # Gluon is not in every Triton
 
-        decode_hopper.launch(
-            q_SHE, k_cache, v_cache, tables_RB, rows_S, lens_S, out_SHE, scratch, config,
-            block_size=block_size, items=num_items, slots=slots, pdl=pdl,
-        )  # fmt: skip
+        decode_hopper.launch(q_SHE, k_cache, v_cache, tables_RB, out_SHE, cut, scratch, block_size=block_size, pdl=pdl)
         return
+    G = H // K
     CG = triton.next_power_of_2(G)
-    _decode_kernel[(num_items * K,)](
-        q_SHE, k_cache, v_cache, tables_RB, rows_S, lens_S, out_SHE, scratch.partial, scratch.lse, scratch.arrived,
-        S, slots, q_SHE.stride(0), out_SHE.stride(0), tables_RB.stride(0), math.log2(math.e) / math.sqrt(E),
-        K=K, G=G, GP=max(8, CG), E=E, EP=max(16, triton.next_power_of_2(E)),
-        SP=padded_sequences(S),
-        BLOCK=block_size, BN=config.keys, STAGES=config.stages, CS=max(1, 16 * config.warps // CG), CG=CG,
-        LEAST=config.least, MOST=max_parts(G), LONG=LONG, TRIES=tries(S),
+    _decode_kernel[(cut.items * K,)](
+        q_SHE, k_cache, v_cache, tables_RB, out_SHE, scratch.items_I8, scratch.partial, scratch.lse, scratch.arrived,
+        q_SHE.stride(0), out_SHE.stride(0), tables_RB.stride(0), math.log2(math.e) / math.sqrt(E),
+        K=K, G=G, GP=max(8, CG), E=E, EP=max(16, triton.next_power_of_2(E)), BLOCK=block_size,
+        BN=config.keys, STAGES=config.stages, CS=max(1, 16 * config.warps // CG), CG=CG, ITEM=ITEM,
         OFFSET=tl.int32 if k_cache.numel() < 2**31 else tl.int64,
         PRECISION="ieee" if q_SHE.dtype == torch.float32 else "tf32", PDL=pdl,
         num_warps=config.warps, launch_pdl=pdl,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -21,7 +23,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), SHAPES)
 @pytest.mark.parametrize("block_size", [16, 32])
 def test_decoding_ragged_batches(dtype: torch.dtype, heads: int, kv_heads: int, width: int, block_size: int) -> None:
-    from tpserve.bench.attention_cases import LIMITS, configs, error, paged, ragged
+    from tpserve.bench.attention_cases import LIMITS, error, paged, ragged
 
     lens = ragged(33, 900)
     case = paged(
@@ -30,38 +32,36 @@ def test_decoding_ragged_batches(dtype: torch.dtype, heads: int, kv_heads: int, 
     case.lens[3::5] = 0
     expected = case.reference()
     expected[3::5] = 0
-    for config in configs(case).values():
-        for num_items in (None, 33, 38, 66, 231):
-            out = case.decode(num_items, config)
+    for cut in case.cuts().values():
+        for items in (33, 38, 66, cut.items, 231):
+            out = case.decode(dataclasses.replace(cut, items=items))
             assert not out[3::5].any()
             assert error(out, expected) < LIMITS[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("length", [1, 64, 65, 5000])
-@pytest.mark.parametrize("num_items", [1, 3, 64])
-def test_decoding_one_sequence(dtype: torch.dtype, length: int, num_items: int) -> None:
-    from tpserve.bench.attention_cases import LIMITS, configs, error, paged
+@pytest.mark.parametrize("items", [1, 3, 64])
+def test_decoding_one_sequence(dtype: torch.dtype, length: int, items: int) -> None:
+    from tpserve.bench.attention_cases import LIMITS, error, paged
 
     case = paged([length - 1], [1], heads=16, kv_heads=2, width=128, dtype=dtype)
-    for config in configs(case).values():
-        assert error(case.decode(num_items, config), case.reference()) < LIMITS[dtype]
+    for cut in case.cuts().values():
+        assert error(case.decode(dataclasses.replace(cut, items=items)), case.reference()) < LIMITS[dtype]
 
 
 def test_one_graph_serves_growing_lengths() -> None:
     from tpserve.bench.attention_cases import LIMITS, error, paged
-    from tpserve.model.kernels.decode_plan import decode_scratch
-    from tpserve.model.kernels.paged_attention import paged_decode_attention
+    from tpserve.model.kernels.decode_plan import deal, decode_scratch
 
     case = paged([2999, 10, 700, 64], [1] * 4, heads=8, kv_heads=2, width=128, dtype=torch.bfloat16)
     lens = case.lens.clone()
-    scratch, out = decode_scratch(4, 8, 128, 20, case.lens.device), torch.empty_like(case.q_THE)
+    cut, out = dataclasses.replace(case.cut(), items=20), torch.empty_like(case.q_THE)
+    scratch, positions = decode_scratch(4, 8, 128, cut.items, lens.device), lens - 1
 
     def attend() -> None:
-        paged_decode_attention(
-            case.q_THE, case.k_cache, case.v_cache, case.tables_RB, case.rows, case.lens, out, scratch,
-            block_size=16, num_items=20,
-        )  # fmt: skip
+        deal(cut, scratch, case.rows, positions)
+        case.decode_into(out, cut, scratch)
 
     attend()
     torch.cuda.synchronize()
@@ -70,7 +70,7 @@ def test_one_graph_serves_growing_lengths() -> None:
         attend()
     whole = case.reference()
     for replay in range(20):
-        case.lens.copy_(lens if replay % 2 else torch.tensor([1, 0, 0, 0], device=lens.device))
+        positions.copy_((lens if replay % 2 else torch.tensor([1, 0, 0, 0], device=lens.device)) - 1)
         out.fill_(float("nan"))
         graph.replay()
         if replay % 2:
