@@ -107,9 +107,6 @@ def _decode_kernel(
     start, end, length = gl.load(item_ptr + 2), gl.load(item_ptr + 3), gl.load(item_ptr + 4)
     splits, first = gl.load(item_ptr + 5), gl.load(item_ptr + 6)
     if seq < 0:
-        if PDL:
-            gdc_wait()
-            gdc_launch_dependents()
         return
     whole, tiles = (end - start) // BN, gl.cdiv(end - start, BN)
     table_ptr = tables_ptr + row * table_stride

@@ -3,8 +3,9 @@
 One program takes one *item*: a stretch of one sequence's keys, for the G query heads of one key/value head. How long a
 stretch is follows from the lengths, which only the device knows: a CUDA graph captured once serves every mix of
 lengths, and a long sequence beside short ones is cut into more items. There are to be no more of them than programs run
-at a time, if stretches that are up to half as long again will do it; rounding up makes one more a sequence at most,
-for which there are programs too. All layers of a step have the same items: they are dealt once.
+at a time, if stretches that are up to half as long again will do it. A graph has a program for every item that there
+may be; those without one come first, and are gone before the kernel in front has ended. Behind them come the items of
+the longest sequences. All layers of a step have the same items: they are dealt once.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
@@ -55,11 +56,13 @@ class Cut:
 
     Attributes:
         config: of the programs.
-        items: programs a key/value head, S at least.
+        slots: items that run at a time, or S, if that is more.
+        items: that there may be.
         parts: of a sequence, at most, as long as they have no more than `_LONG` keys.
     """
 
     config: Config
+    slots: int
     items: int
     parts: int
 
@@ -105,9 +108,11 @@ def _choose_config(S: int, G: int, k_cache: torch.Tensor, dtype: torch.dtype, bl
         return Config(16, 4, 1, 16 * max(1, G // 2), 2)
     _, K, E = k_cache.shape
     if G <= 16 and hopper_takes(k_cache, dtype, block_size):  # more heads' sums do not fit in a warp's registers
-        if S * K <= 64:
+        if (64 if G == 1 else 128) > S * K:
             return Config(64, 1, 3, 128, 2, True)
-        return Config(32, 1, 3, 128, 4, True) if S * K <= 4096 else Config(32, 1, 2, 128, 6, True)
+        if 256 < S * K <= 4096 or (G > 1 and S * K <= 4096):
+            return Config(32, 1, 3, 128, 4, True)
+        return Config(32, 1, 2, 64, 6, True)
     if E > 128 or not _has_room(k_cache.device) or (k_cache.dtype == torch.float8_e4m3fn and S > 1):
         return Config(32, 1, 3, 32 * max(1, G // 2), 2)
     if S * K * _max_parts(G) < _FEW:
@@ -123,12 +128,14 @@ def _max_parts(G: int) -> int:
 def choose_cut(
     S: int, H: int, k_cache: torch.Tensor, dtype: torch.dtype, block_size: int, max_len: int, num_sms: int
 ) -> Cut:
-    """For steps of S sequences of up to `max_len` keys: as many items as all processors take at a time, at least one a
-    sequence, and one a sequence more for rounding up."""
+    """For steps of S sequences of up to `max_len` keys."""
     K = k_cache.shape[1]
     config, parts = _choose_config(S, H // K, k_cache, dtype, block_size), _max_parts(H // K)
-    fitting = min(config.programs * num_sms // K, S * min(-(-max_len // config.least), parts))
-    return Cut(config, max(S, fitting) + (S if S > 1 else 0), parts)
+    fitting = max(1, config.programs * num_sms // K)
+    slots = max(S, min(fitting, S * min(-(-max_len // config.least), parts)))
+    # Lengths divided by a stretch are rounded up, which makes one item a sequence more at most. Where sequences are
+    # many, only those of several times the mean are cut: programs without an item take time, too.
+    return Cut(config, slots, slots + min(S, 2 * fitting) if S > 1 else slots, parts)
 
 
 def decode_variants(max_S: int, H: int, k_cache: torch.Tensor, dtype: torch.dtype, block_size: int) -> list[int]:
@@ -145,9 +152,9 @@ def _padded(S: int) -> int:
     return max(32, 1 << (S - 1).bit_length())
 
 
-@triton.jit(do_not_specialize=["rows_ptr", "positions_ptr", "num_seqs", "slots", "num_items"])
+@triton.jit(do_not_specialize=["rows_ptr", "positions_ptr", "num_seqs", "shares", "slots", "num_items"])
 def _deal_kernel(
-    rows_ptr, positions_ptr, items_ptr, num_seqs, slots, num_items, SP: tl.constexpr, BN: tl.constexpr,
+    rows_ptr, positions_ptr, items_ptr, num_seqs, shares, slots, num_items, SP: tl.constexpr, BN: tl.constexpr,
     LEAST: tl.constexpr, PARTS: tl.constexpr, LONG: tl.constexpr, TRIES: tl.constexpr, ITEM: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -157,7 +164,7 @@ def _deal_kernel(
     row = tl.load(rows_ptr + own).to(tl.int32)
     # 64 bits: 1024 sequences of a million tokens are 2^30 keys.
     total = tl.sum(lens.to(tl.int64), 0)
-    shortest = tl.maximum((tl.cdiv(total, slots * BN) * BN).to(tl.int32), LEAST)
+    shortest = tl.maximum((tl.cdiv(total, shares * BN) * BN).to(tl.int32), LEAST)
     shortest = tl.maximum(shortest, tl.minimum(tl.cdiv(tl.max(lens, 0), PARTS * BN) * BN, LONG))
     stretch = shortest
     for i in tl.static_range(TRIES + 1):  # the longest first
@@ -167,7 +174,8 @@ def _deal_kernel(
     # Padding has one item too: somebody has to write its zeros.
     counts = tl.where(seqs < num_seqs, tl.maximum(tl.cdiv(lens, stretch), 1), 0)
     length, splits = tl.sum(tl.where(seqs == own, lens, 0), 0), tl.sum(tl.where(seqs == own, counts, 0), 0)
-    first, used = tl.sum(tl.where(seqs < own, counts, 0), 0), tl.sum(counts, 0)
+    without = num_items - tl.sum(counts, 0)
+    first = without + tl.sum(tl.where((lens > length) | ((lens == length) & (seqs < own)), counts, 0), 0)
     each = tl.cdiv(length, splits * BN) * BN
     for at in tl.range(0, splits, 32):
         part = at + lane
@@ -179,8 +187,8 @@ def _deal_kernel(
         tl.store(item_ptr + 4, length + part * 0, mask=there)
         tl.store(item_ptr + 5, splits + part * 0, mask=there)
         tl.store(item_ptr + 6, first + part * 0, mask=there)
-    for at in tl.range(used + own * 32, num_items, num_seqs * 32):
-        tl.store(items_ptr + (at + lane) * ITEM, lane * 0 - 1, mask=at + lane < num_items)
+    for at in tl.range(own * 32, without, num_seqs * 32):
+        tl.store(items_ptr + (at + lane) * ITEM, lane * 0 - 1, mask=at + lane < without)
     if PDL:
         gdc_wait()  # at the end: nothing here comes from the kernel in front, but who waits for this one waits for both
 
@@ -198,7 +206,7 @@ def deal(
     """
     S, config = len(rows_S), cut.config
     _deal_kernel[(S,)](
-        rows_S, positions_S, scratch.items_I8, S, cut.items if S == 1 else max(1, cut.items - S), cut.items,
+        rows_S, positions_S, scratch.items_I8, S, cut.items if S == 1 else max(1, cut.items - S), cut.slots, cut.items,
         SP=_padded(S), BN=config.keys, LEAST=config.least, PARTS=cut.parts, LONG=_LONG, TRIES=_TRIES, ITEM=ITEM,
         PDL=pdl, num_warps=1, launch_pdl=pdl,
     )  # fmt: skip

@@ -64,11 +64,11 @@ def _decode_kernel(
     seq, row = tl.load(item_ptr), tl.load(item_ptr + 1).to(tl.int64)
     start, end = tl.load(item_ptr + 2), tl.load(item_ptr + 3)
     splits, first = tl.load(item_ptr + 5), tl.load(item_ptr + 6)
+    if seq < 0:
+        return
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    if seq < 0:
-        return
     H: tl.constexpr = K * G
     g, e, n = tl.arange(0, GP), tl.arange(0, EP), tl.arange(0, BN)
     eg_mask = (e[:, None] < E) & (g[None, :] < G)

@@ -81,6 +81,41 @@ def test_one_graph_serves_growing_lengths() -> None:
             assert not out[1:].any()
 
 
+@pytest.mark.parametrize("lens", [[700], [0, 5, 1], [16384, *[256] * 63], [0] * 33, None], ids=str)
+@pytest.mark.parametrize("keys", [32, 64])
+@pytest.mark.parametrize(("slots", "extra"), [(1, 0), (1, 3), (64, 2), (70, 100)])
+def test_items_are_every_key_once_the_longest_sequences_first(
+    lens: list[int] | None, keys: int, slots: int, extra: int
+) -> None:
+    from tpserve.bench.attention_cases import ragged
+    from tpserve.model.kernels.decode_plan import Config, Cut, deal, decode_scratch
+
+    lens = lens or ragged(50, 5000)
+    S = len(lens)
+    slots = max(S, slots)
+    cut = Cut(Config(keys, 1, 3, 128, 4), slots, slots + min(S, extra) if S > 1 else slots, 64)
+    scratch = decode_scratch(S, 4, 64, cut.items + 1, torch.device("cuda"))
+    scratch.items_I8.fill_(12345)
+    rows, positions = torch.randperm(S + 3, device="cuda")[:S], torch.tensor(lens, device="cuda") - 1
+    deal(cut, scratch, rows, positions)
+    items = scratch.items_I8.tolist()
+    assert set(items.pop()) == {12345}, "written behind the end"
+    without = [item[0] for item in items].count(-1)
+    assert all(item[0] == -1 for item in items[:without])
+    sequences: dict[int, list[list[int]]] = {}
+    for i, item in enumerate(items[without:]):
+        sequences.setdefault(item[0], []).append([without + i, *item[1:7]])
+    assert [lens[s] for s in sequences] == sorted(lens, reverse=True)
+    for s, parts in sequences.items():
+        at = 0
+        for index, row, start, end, length, splits, first in parts:
+            assert (row, start, length, splits, first) == (rows[s], at, lens[s], len(parts), parts[0][0])
+            assert index == first + parts.index([index, row, start, end, length, splits, first])
+            assert end > start or (lens[s], splits) == (0, 1)
+            at = end
+        assert at == lens[s]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), SHAPES)
 def test_chunks_of_prompts(dtype: torch.dtype, heads: int, kv_heads: int, width: int) -> None:
