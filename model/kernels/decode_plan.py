@@ -108,11 +108,11 @@ def _choose_config(S: int, G: int, k_cache: torch.Tensor, dtype: torch.dtype, bl
         return Config(16, 4, 1, 16 * max(1, G // 2), 2)
     _, K, E = k_cache.shape
     if G <= 16 and hopper_takes(k_cache, dtype, block_size):  # more heads' sums do not fit in a warp's registers
-        if (64 if G == 1 else 128) > S * K:
+        if S * K < 64:
             return Config(64, 1, 3, 128, 2, True)
-        if 256 < S * K <= 4096 or (G > 1 and S * K <= 4096):
-            return Config(32, 1, 3, 128, 4, True)
-        return Config(32, 1, 2, 64, 6, True)
+        if S * K > 4096 or (G == 1 and S * K <= 256):
+            return Config(32, 1, 2, 64, 6, True)
+        return Config(64, 1, 2, 128, 3, True) if S * K <= 128 else Config(32, 1, 3, 128, 4, True)
     if E > 128 or not _has_room(k_cache.device) or (k_cache.dtype == torch.float8_e4m3fn and S > 1):
         return Config(32, 1, 3, 32 * max(1, G // 2), 2)
     if S * K * _max_parts(G) < _FEW:
