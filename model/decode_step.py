@@ -177,14 +177,15 @@ class DecodeStep:
         """
         few = s <= linear.MAX_ROWS
         layers, gains = self.layers[:num_layers], [layer.attention_norm_D for layer in self.layers] + [self._norm_D]
+        deal(self._cuts[s], self._scratch, self.rows_S[:s], self.positions_S[:s])
         parts = norm.embed(
             self._tokens_RL, self._tables_RB, self.rows_S[:s], self.positions_S[:s], self._embeddings_VD, gains[0],
-            self._normed, self._slots_S, self._count, self._cache.block_size,
+            self._normed, self._slots_S, self._count, self._cache.block_size, pdl=self._pdl,
         )  # fmt: skip
-        deal(self._cuts[s], self._scratch, self.rows_S[:s], self.positions_S[:s], pdl=self._pdl)
         for i, layer in enumerate(layers):
             self._qkv(i, parts, s)
-            # Items are older than the product in front of it, which is what early launching asks for.
+            # Early launching asks for items that are older than the kernel in front, and for keys, but the newest, that
+            # nothing here writes: no row of a step reads a block that another one writes.
             paged_decode_attention(
                 self._q_SHE[:s], self._cache.k[i], self._cache.v[i], self._tables_RB, self._attended_SHE[:s],
                 self._cuts[s], self._scratch, block_size=self._cache.block_size, pdl=self._pdl,

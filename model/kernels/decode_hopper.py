@@ -3,7 +3,7 @@ engine.
 
 A program is one warp. It asks for a whole tile by a few instructions of one lane, as many tiles ahead as its ring has
 entries. All but the tile with the newest key are asked for before the kernel in front has ended: what is older, no
-kernel of this step writes.
+kernel of such a step writes (no row of it reads a block that another row writes).
 
 Written in Gluon, Triton's language for kernels that say which lane holds what. Keys and values are the left operands of
 the tensor cores, as in `attend.py`. Names are those of `paged_attention.py`.
@@ -103,9 +103,11 @@ def _decode_kernel(
     H: gl.constexpr = K * G
     item, head = gl.program_id(0) // K, gl.program_id(0) % K
     item_ptr = items_ptr + item * ITEM
-    seq, row = gl.load(item_ptr), gl.load(item_ptr + 1).to(gl.int64)
-    start, end, length = gl.load(item_ptr + 2), gl.load(item_ptr + 3), gl.load(item_ptr + 4)
-    splits, first = gl.load(item_ptr + 5), gl.load(item_ptr + 6)
+    # .cg: written in this step, and read before the kernel in front has ended.
+    seq, row = gl.load(item_ptr, cache_modifier=".cg"), gl.load(item_ptr + 1, cache_modifier=".cg").to(gl.int64)
+    start, end = gl.load(item_ptr + 2, cache_modifier=".cg"), gl.load(item_ptr + 3, cache_modifier=".cg")
+    length, splits = gl.load(item_ptr + 4, cache_modifier=".cg"), gl.load(item_ptr + 5, cache_modifier=".cg")
+    first = gl.load(item_ptr + 6, cache_modifier=".cg")
     if seq < 0:
         return
     whole, tiles = (end - start) // BN, gl.cdiv(end - start, BN)
@@ -118,17 +120,17 @@ def _decode_kernel(
         mbarrier.init(full.index(t), count=1)
     fence_async_shared()
     barrier()
+    early = tiles - (end == length).to(gl.int32)
     for t in gl.static_range(ENTRIES):
-        if (t < tiles) & (start + (t + 1) * BN < length):
+        if t < early:
             starts = places(table_ptr, start + t * BN, end, True, BLOCK, BN)
             _copy(k_desc, v_desc, starts, column, ks, vs, t, full, ENTRIES, BN, E)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    for t in gl.static_range(ENTRIES):
-        if (t < tiles) & (start + (t + 1) * BN >= length):
-            starts = places(table_ptr, start + t * BN, end, True, BLOCK, BN)
-            _copy(k_desc, v_desc, starts, column, ks, vs, t, full, ENTRIES, BN, E)
+    if (early >= 0) & (early < tiles) & (early < ENTRIES):
+        starts = places(table_ptr, start + early * BN, end, True, BLOCK, BN)
+        _copy(k_desc, v_desc, starts, column, ks, vs, early, full, ENTRIES, BN, E)
     e, g = gl.arange(0, E, gl.SliceLayout(1, _LOADED)), gl.arange(0, GP, gl.SliceLayout(0, _LOADED))
     q_at = q_ptr + seq.to(gl.int64) * q_stride + (head * G + g)[None, :] * E + e[:, None]
     q = gl.load(q_at, mask=(g < G)[None, :] & (e >= 0)[:, None], other=0.0)

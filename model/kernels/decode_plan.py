@@ -17,7 +17,6 @@ import functools
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
 
 from tpserve.model.kernels import hopper_takes
 
@@ -102,7 +101,7 @@ def _has_room(device: torch.device) -> bool:
 
 
 def _choose_config(S: int, G: int, k_cache: torch.Tensor, dtype: torch.dtype, block_size: int) -> Config:
-    """As measured on an H200. One warp needs no barriers. Where there is room, as many programs as fit: fewer crowd
+    """As measured on an H200. One warp waits for no other. Where there is room, as many programs as fit: fewer crowd
     on the processors that the kernel before leaves first. Items are added up in the time of some hundred keys."""
     if dtype == torch.float32:
         return Config(16, 4, 1, 16 * max(1, G // 2), 2)
@@ -156,7 +155,6 @@ def _padded(S: int) -> int:
 def _deal_kernel(
     rows_ptr, positions_ptr, items_ptr, num_seqs, shares, slots, num_items, SP: tl.constexpr, BN: tl.constexpr,
     LEAST: tl.constexpr, PARTS: tl.constexpr, LONG: tl.constexpr, TRIES: tl.constexpr, ITEM: tl.constexpr,
-    PDL: tl.constexpr,
 ):  # fmt: skip
     """The items of one sequence."""
     own, seqs, lane = tl.program_id(0), tl.arange(0, SP), tl.arange(0, 32)
@@ -189,24 +187,19 @@ def _deal_kernel(
         tl.store(item_ptr + 6, first + part * 0, mask=there)
     for at in tl.range(own * 32, without, num_seqs * 32):
         tl.store(items_ptr + (at + lane) * ITEM, lane * 0 - 1, mask=at + lane < without)
-    if PDL:
-        gdc_wait()  # at the end: nothing here comes from the kernel in front, but who waits for this one waits for both
 
 
-def deal(
-    cut: Cut, scratch: DecodeScratch, rows_S: torch.Tensor, positions_S: torch.Tensor, *, pdl: bool = False
-) -> None:
+def deal(cut: Cut, scratch: DecodeScratch, rows_S: torch.Tensor, positions_S: torch.Tensor) -> None:
     """Writes the items of a step; nothing here waits for the device.
 
     Args:
         cut: of this many sequences.
         rows_S: each one's row in the block tables, int32 or int64.
         positions_S: of the tokens that attend, int32 or int64: they see as many keys, and their own. -1: padding.
-        pdl: programmatic dependent launch: the kernel in front must have written neither.
     """
     S, config = len(rows_S), cut.config
     _deal_kernel[(S,)](
         rows_S, positions_S, scratch.items_I8, S, cut.items if S == 1 else max(1, cut.items - S), cut.slots, cut.items,
         SP=_padded(S), BN=config.keys, LEAST=config.least, PARTS=cut.parts, LONG=_LONG, TRIES=_TRIES, ITEM=ITEM,
-        PDL=pdl, num_warps=1, launch_pdl=pdl,
+        num_warps=1,
     )  # fmt: skip

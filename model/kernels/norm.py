@@ -61,7 +61,7 @@ def store_normed(residual, where, gain, residual_ptr, x_ptr, sum_ptr):
 def _embed_kernel(
     tokens_ptr, tables_ptr, rows_ptr, positions_ptr, embeddings_ptr, gain_ptr,
     residual_ptr, x_ptr, sums_ptr, slots_ptr, step_ptr, tokens_stride, tables_stride,
-    D: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     part, s = tl.program_id(0), tl.program_id(1)
     position = tl.load(positions_ptr + s)
@@ -77,6 +77,8 @@ def _embed_kernel(
     residual = tl.load(embeddings_ptr + token * D + cols).to(tl.float32)
     gain = tl.load(gain_ptr + cols).to(tl.float32)
     store_normed(residual, s * D + cols, gain, residual_ptr, x_ptr, sums_ptr + s * (D // C) + part)
+    if PDL:
+        gdc_wait()  # at the end: nothing here comes from the kernel in front, but what starts after this reads it
 
 
 @triton.jit
@@ -109,11 +111,14 @@ def embed(
     slots_S: torch.Tensor,
     step: torch.Tensor,
     block_size: int,
+    *,
+    pdl: bool = False,
 ) -> int:
     """Begins a step: counts it, finds each row's cache slot (-1: padding), and embeds its token.
 
     Args:
         positions_S: of the tokens; -1: padding.
+        pdl: programmatic dependent launch: the kernel in front must have written none of these.
 
     Returns:
         The parts of the sums of squares.
@@ -123,7 +128,7 @@ def embed(
     _embed_kernel[(dim // width, len(rows_S))](
         tokens_RL, tables_RB, rows_S, positions_S, embeddings_VD, gain_D,
         into.residual_SD, into.x_SD, into.sums, slots_S, step, tokens_RL.stride(0), tables_RB.stride(0),
-        D=dim, C=width, BLOCK=block_size,
+        D=dim, C=width, BLOCK=block_size, PDL=pdl, launch_pdl=pdl,
     )  # fmt: skip
     return dim // width
 

@@ -61,9 +61,10 @@ def _decode_kernel(
 ):  # fmt: skip
     item, head = tl.program_id(0) // K, tl.program_id(0) % K
     item_ptr = items_ptr + item * ITEM
-    seq, row = tl.load(item_ptr), tl.load(item_ptr + 1).to(tl.int64)
-    start, end = tl.load(item_ptr + 2), tl.load(item_ptr + 3)
-    splits, first = tl.load(item_ptr + 5), tl.load(item_ptr + 6)
+    # .cg: written in this step, and read before the kernel in front has ended.
+    seq, row = tl.load(item_ptr, cache_modifier=".cg"), tl.load(item_ptr + 1, cache_modifier=".cg").to(tl.int64)
+    start, end = tl.load(item_ptr + 2, cache_modifier=".cg"), tl.load(item_ptr + 3, cache_modifier=".cg")
+    splits, first = tl.load(item_ptr + 5, cache_modifier=".cg"), tl.load(item_ptr + 6, cache_modifier=".cg")
     if seq < 0:
         return
     if PDL:
@@ -134,8 +135,8 @@ def paged_decode_attention(
         tables_RB: int32 or int64.
         out_SHE: written; zeros where a sequence is padding.
         cut, scratch: as they went through `decode_plan.deal` for this step.
-        pdl: programmatic dependent launch: starts while the kernel before still runs, and the one before that if the
-            last one lets it: they must have written neither items nor keys and values, but each sequence's newest.
+        pdl: programmatic dependent launch: starts while kernels before still run, none of which may write items, block
+            tables, or keys and values but each sequence's newest.
     """
     _, H, E = q_SHE.shape
     K, config = k_cache.shape[1], cut.config

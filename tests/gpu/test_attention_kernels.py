@@ -39,6 +39,28 @@ def test_decoding_ragged_batches(dtype: torch.dtype, heads: int, kv_heads: int, 
             assert error(out, expected) < LIMITS[dtype]
 
 
+@pytest.mark.parametrize(("heads", "kv_heads", "width", "block_size"), [(32, 2, 128, 48), (24, 2, 64, 48)])
+def test_decoding_with_many_heads_to_a_key_and_other_blocks(
+    heads: int, kv_heads: int, width: int, block_size: int
+) -> None:
+    from tpserve.bench.attention_cases import LIMITS, error, paged, ragged
+    from tpserve.model.kernels.decode_plan import Config
+
+    lens, dtype = ragged(12, 900), torch.bfloat16
+    case = paged(
+        [n - 1 for n in lens], [1] * 12, heads=heads, kv_heads=kv_heads, width=width, dtype=dtype, block_size=block_size
+    )
+    for cut in case.cuts().values():
+        assert error(case.decode(cut), case.reference()) < LIMITS[dtype]
+        if cut.config.hopper:
+            for config in (
+                Config(64, 1, 2, 128, 3, True),
+                Config(32, 1, 2, 64, 6, True),
+                Config(32, 1, 3, 128, 4, True),
+            ):
+                assert error(case.decode(dataclasses.replace(cut, config=config)), case.reference()) < LIMITS[dtype]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("length", [1, 64, 65, 5000])
 @pytest.mark.parametrize("items", [1, 3, 64])

@@ -92,7 +92,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[Variant]]:
     triton.jit, triton.language = jit, sys.modules["triton.language"]
     triton.cdiv, triton.next_power_of_2 = lambda a, b: -(-a // b), lambda n: 1 << (n - 1).bit_length()
     triton.language.int32, triton.language.int64 = "int32", "int64"
-    monkeypatch.setattr("importlib.metadata.version", lambda name: "0")  # `has_gluon`: no
+    monkeypatch.setattr("tpserve.model.kernels.has_gluon", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda *args, **named: None)
