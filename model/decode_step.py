@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from tpserve.model.head import head_product
-from tpserve.model.kernels import linear, norm, pointwise
+from tpserve.model.kernels import has_gluon, is_hopper, linear, norm, pointwise
 from tpserve.model.kernels.all_reduce import WordExchange
 from tpserve.model.kernels.decode_plan import choose_cut, deal, decode_scratch
 from tpserve.model.kernels.draw import GreedyDraws
@@ -125,6 +125,8 @@ class DecodeStep:
         if tp.size > 1:
             self._own_logits_SV = zeros(rows, self._head_VD.shape[0], dtype=torch.float32)
         processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+        self._processors = processors
+        self._parts = zeros(8 * min(rows, 128) * args.dim, dtype=torch.float32)
         size, longest = cache.block_size, tokens_RL.shape[1]
         self._cuts = {s: choose_cut(s, h, cache.k[0], dtype, size, longest, processors) for s in batch_sizes}
         self._scratch = decode_scratch(largest, h, e, max(cut.items for cut in self._cuts.values()), device)
@@ -206,7 +208,22 @@ class DecodeStep:
     def _multiply(self, w_ND: Matrix, s: int) -> torch.Tensor:
         """The normed rows times a joined matrix, [s, N]."""
         n = w_ND.shape[0]
-        return matmul(self._normed.x_SD[:s], w_ND, self._wide[: s * n].view(s, n))
+        return self._product(self._normed.x_SD[:s], w_ND, self._wide[: s * n].view(s, n))
+
+    def _product(self, x_SK: torch.Tensor, w: Matrix, out_SN: torch.Tensor, *, in_parts: bool = False) -> torch.Tensor:
+        """x @ wᵀ in `out_SN`; in_parts: or in float32 parts [P, S, N] elsewhere."""
+        (n, k), s = w.shape, len(x_SK)
+        if not (has_gluon() and is_hopper(x_SK.device) and w.scale is None and x_SK.dtype.itemsize == 2):
+            return matmul(x_SK, w, out_SN)
+        from tpserve.model.kernels.rows_product import choose_rows_tile, rows_product  # Gluon is not in every Triton
+
+        tile = choose_rows_tile(s, n, k, self._processors, in_parts=in_parts)
+        if tile is None:
+            return matmul(x_SK, w, out_SN)
+        if tile.parts > 1:
+            out_SN = self._parts[: tile.parts * s * n].view(tile.parts, s, n)
+        rows_product(x_SK, w.q, out_SN, tile, pdl=self._pdl)
+        return out_SN
 
     def _qkv(self, i: int, parts: int, s: int) -> None:
         layer, k, v = self.layers[i], self._cache.k[i], self._cache.v[i]
@@ -232,7 +249,7 @@ class DecodeStep:
         if words is not None and tile is not None:
             linear.push_product(x, w, words, s, index, tile, pdl=self._pdl)
             return words.add(self._normed, gain_D, s, index, tile.split, pdl=self._pdl)
-        partial = matmul(x[:s], w, self._partial_SD[:s])
+        partial = self._product(x[:s], w, self._partial_SD[:s], in_parts=self._tp.size == 1)
         if words is not None:
             words.push_matrix(partial, index)
             return words.add(self._normed, gain_D, s, index, 1, pdl=False)

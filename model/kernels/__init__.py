@@ -31,8 +31,8 @@ def supports(device: torch.device, dtype: torch.dtype, n_heads: int, n_kv_heads:
 
 @functools.cache
 def has_gluon() -> bool:
-    """Whether `stream.py`, `prefill_hopper.py` and `decode_hopper.py` compile: Gluon, in which they are written, is
-    still in motion from version to version."""
+    """Whether `stream.py`, `prefill_hopper.py`, `decode_hopper.py` and `rows_product.py` compile: Gluon, in which they
+    are written, is still in motion from version to version."""
     try:
         version = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
@@ -48,11 +48,11 @@ def hopper_takes(k_cache: torch.Tensor, dtype: torch.dtype, block_size: int) -> 
         and k_cache.dtype == dtype
         and k_cache.shape[2] in (64, 128)
         and block_size % 16 == 0
-        and _generation(k_cache.device) == 9
+        and is_hopper(k_cache.device)
     )
 
 
 @functools.cache
-def _generation(device: torch.device) -> int:
+def is_hopper(device: torch.device) -> bool:
     """Asked at every launch."""
-    return torch.cuda.get_device_capability(device)[0]
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9

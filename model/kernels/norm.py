@@ -15,7 +15,7 @@ import dataclasses
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -83,15 +83,19 @@ def _embed_kernel(
 
 @triton.jit
 def _add_norm_kernel(
-    y_ptr, gain_ptr, residual_ptr, x_ptr, sums_ptr, D: tl.constexpr, C: tl.constexpr, PDL: tl.constexpr
-):
+    y_ptr, gain_ptr, residual_ptr, x_ptr, sums_ptr, D: tl.constexpr, C: tl.constexpr, PARTS: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
     part, s = tl.program_id(0), tl.program_id(1)
     cols = part * C + tl.arange(0, C)
     gain = tl.load(gain_ptr + cols).to(tl.float32)
     if PDL:
         gdc_wait()
+        gdc_launch_dependents()
     where = s * D + cols
-    residual = tl.load(residual_ptr + where) + tl.load(y_ptr + where).to(tl.float32)
+    residual = tl.load(residual_ptr + where)
+    for i in tl.static_range(PARTS):
+        residual += tl.load(y_ptr + i * tl.num_programs(1) * D + where).to(tl.float32)
     store_normed(residual, where, gain, residual_ptr, x_ptr, sums_ptr + s * (D // C) + part)
 
 
@@ -133,11 +137,16 @@ def embed(
     return dim // width
 
 
-def add(y_SD: torch.Tensor, into: Normed, gain_D: torch.Tensor, *, pdl: bool = False) -> int:
-    """residual += y; returns the parts of the new sums of squares."""
-    s, dim = y_SD.shape
+def add(y: torch.Tensor, into: Normed, gain_D: torch.Tensor, *, pdl: bool = False) -> int:
+    """residual += y; returns the parts of the new sums of squares.
+
+    Args:
+        y: [S, D], or [P, S, D]: P parts of it; contiguous.
+    """
+    s, dim = y.shape[-2:]
     width = _width(dim)
     _add_norm_kernel[(dim // width, s)](
-        y_SD, gain_D, into.residual_SD, into.x_SD, into.sums, D=dim, C=width, PDL=pdl, launch_pdl=pdl
-    )
+        y, gain_D, into.residual_SD, into.x_SD, into.sums, D=dim, C=width, PARTS=len(y) if y.ndim == 3 else 1, PDL=pdl,
+        launch_pdl=pdl,
+    )  # fmt: skip
     return dim // width

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tpserve.model.kernels.norm import Normed, inverse_rms, load_sums
 
@@ -21,6 +21,7 @@ def _silu_kernel(
 ):  # fmt: skip
     if PDL:
         gdc_wait()
+        gdc_launch_dependents()
     s = tl.program_id(1)
     cols = tl.program_id(0) * C + tl.arange(0, C)
     y = y_ptr + s.to(tl.int64) * (2 * F) + cols
