@@ -12,6 +12,7 @@ rank, E head width, F feed-forward width of this rank, V vocabulary, R, L, B as 
 from __future__ import annotations
 
 import dataclasses
+from types import ModuleType
 
 import torch
 import torch.distributed as dist
@@ -126,7 +127,14 @@ class DecodeStep:
             self._own_logits_SV = zeros(rows, self._head_VD.shape[0], dtype=torch.float32)
         processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
         self._processors = processors
-        self._parts = zeros(8 * min(rows, 128) * args.dim, dtype=torch.float32)
+        self._rows_product: ModuleType | None = None
+        if tp.size == 1 and has_gluon() and is_hopper(device) and dtype.itemsize == 2:  # not tried on several ranks
+            from tpserve.model.kernels import rows_product
+
+            self._rows_product = rows_product
+            self._parts = zeros(
+                rows_product.most_in_parts(min(rows, rows_product.MAX_ROWS), processors), dtype=torch.float32
+            )
         size, longest = cache.block_size, tokens_RL.shape[1]
         self._cuts = {s: choose_cut(s, h, cache.k[0], dtype, size, longest, processors) for s in batch_sizes}
         self._scratch = decode_scratch(largest, h, e, max(cut.items for cut in self._cuts.values()), device)
@@ -212,17 +220,14 @@ class DecodeStep:
 
     def _product(self, x_SK: torch.Tensor, w: Matrix, out_SN: torch.Tensor, *, in_parts: bool = False) -> torch.Tensor:
         """x @ wᵀ in `out_SN`; in_parts: or in float32 parts [P, S, N] elsewhere."""
-        (n, k), s = w.shape, len(x_SK)
-        if not (has_gluon() and is_hopper(x_SK.device) and w.scale is None and x_SK.dtype.itemsize == 2):
-            return matmul(x_SK, w, out_SN)
-        from tpserve.model.kernels.rows_product import choose_rows_tile, rows_product  # Gluon is not in every Triton
-
-        tile = choose_rows_tile(s, n, k, self._processors, in_parts=in_parts)
-        if tile is None:
+        (n, k), s, kernel, tile = w.shape, len(x_SK), self._rows_product, None
+        if kernel is not None and w.scale is None:
+            tile = kernel.choose_rows_tile(s, n, k, self._processors, in_parts=in_parts)
+        if kernel is None or tile is None:
             return matmul(x_SK, w, out_SN)
         if tile.parts > 1:
             out_SN = self._parts[: tile.parts * s * n].view(tile.parts, s, n)
-        rows_product(x_SK, w.q, out_SN, tile, pdl=self._pdl)
+        kernel.rows_product(x_SK, w.q, out_SN, tile, pdl=self._pdl)
         return out_SN
 
     def _qkv(self, i: int, parts: int, s: int) -> None:
@@ -249,7 +254,7 @@ class DecodeStep:
         if words is not None and tile is not None:
             linear.push_product(x, w, words, s, index, tile, pdl=self._pdl)
             return words.add(self._normed, gain_D, s, index, tile.split, pdl=self._pdl)
-        partial = self._product(x[:s], w, self._partial_SD[:s], in_parts=self._tp.size == 1)
+        partial = self._product(x[:s], w, self._partial_SD[:s], in_parts=True)
         if words is not None:
             words.push_matrix(partial, index)
             return words.add(self._normed, gain_D, s, index, 1, pdl=False)

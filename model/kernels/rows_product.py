@@ -28,13 +28,12 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tpserve.model.kernels.block_copies import barrier
 
-MAX_ROWS = 128
+MAX_ROWS = 64  # with 128, cuBLAS was faster
 _DEPTH = gl.constexpr(64)  # of a tile: as far as the copy engine swaps banks
 _BYTES = gl.constexpr(2)
 _ROOM = 225 << 10  # bytes of a processor's shared memory
 _MAX_ENTRIES = 12
-_FEWEST = 0.6  # programs, of the processors: fewer would not keep the memory busy
-_MEMORY, _L2 = 4.4, 6.5  # TB/s of an H200: weights, and all that goes into the processors (an estimate)
+_FEWEST, _MOST = 0.6, 2.75  # programs, of the processors: fewer would not keep the memory busy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +52,7 @@ class RowsTile:
 
 
 def choose_rows_tile(S: int, N: int, K: int, processors: int, *, in_parts: bool) -> RowsTile | None:
-    """The tile of least estimated time; None: cuBLAS is the way.
+    """As measured on an H200, with 7B's shapes; None: cuBLAS is the way.
 
     Args:
         S: of the step.
@@ -62,24 +61,22 @@ def choose_rows_tile(S: int, N: int, K: int, processors: int, *, in_parts: bool)
         in_parts: whether the sums may be left in parts.
     """
     depth = _DEPTH.value
-    if S > MAX_ROWS or K % depth:
+    rows = 64 if _MOST * processors >= N // 64 else 128
+    if S > MAX_ROWS or N % rows or K % depth:
         return None
-    M, best = _padded(S), None
-    for rows in (128, 256, 64):
-        for parts in range(1, 9 if in_parts else 2):
-            programs, steps = N // rows * parts, K // depth // parts
-            if N % rows or steps < 4 or not _FEWEST * processors <= programs <= 2 * processors:
-                continue
-            busy = min(1.0, programs / (0.75 * processors))
-            bytes_ = N * K * _BYTES.value
-            us = max(bytes_ / _MEMORY, bytes_ * (1 + M / rows) / _L2) / busy / 1e6
-            if parts > 1:
-                us += 2 * 4 * parts * M * N / _MEMORY / 1e6  # written and read
-            entries = _ROOM // (1 if programs <= processors else 2) // ((rows + M) * depth * _BYTES.value)
-            tile = RowsTile(rows, parts, min(_MAX_ENTRIES, entries, steps))
-            if tile.entries >= 3 and (best is None or us < best[0]):
-                best = us, tile
-    return None if best is None else best[1]
+    tiles, steps = N // rows, K // depth
+    parts = max(1, (2 if S <= 32 else 1) * processors // tiles) if in_parts else 1
+    programs = tiles * parts
+    room = _ROOM // (1 if programs <= processors else 2) // ((rows + _padded(S)) * depth * _BYTES.value)
+    entries = min(_MAX_ENTRIES, room, steps // parts)
+    if entries < 3 or not _FEWEST * processors <= programs <= _MOST * processors:
+        return None
+    return RowsTile(rows, parts, entries)
+
+
+def most_in_parts(S: int, processors: int) -> int:
+    """Numbers that a product of up to S rows leaves in parts, at most."""
+    return 2 * processors * 64 * S
 
 
 def _padded(S: int) -> int:
