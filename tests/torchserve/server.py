@@ -36,6 +36,14 @@ class Answer:
         return [json.loads(line) for line in self.body.splitlines()]
 
 
+def lives(process: psutil.Process) -> bool:
+    """Whether a process still runs; it may end while it is looked at."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 class Server:
     """One TorchServe with one model store.
 
@@ -57,14 +65,18 @@ class Server:
 
     def processes(self) -> list[psutil.Process]:
         """TorchServe and everything below it."""
-        return [psutil.Process(pid) for pid in self.process.pids if psutil.pid_exists(pid)]
+        found = []
+        for pid in self.process.pids:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found.append(psutil.Process(pid))
+        return found
 
     def stop(self) -> list[int]:
         """Ends the server; returns the processes that outlived it, by psutil's account too."""
         before = self.processes()
         left = self.process.stop()
         _, alive = psutil.wait_procs(before, timeout=1)
-        return left + [process.pid for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+        return left + [process.pid for process in alive if lives(process)]
 
     @contextlib.contextmanager
     def request(

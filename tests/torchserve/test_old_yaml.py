@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from tests.torchserve.conftest import running
-from tests.torchserve.server import Server
+from tests.torchserve.server import Server, lives
 from tpserve.handler.archive import archive
 
 OLD: dict[str, Any] = {
@@ -110,4 +110,4 @@ def test_when_torchserve_is_killed_nothing_outlives_it(old: Server) -> None:
     (java,) = (process for process in below if process.name() == "java")
     java.kill()
     _, alive = psutil.wait_procs(below, timeout=15)
-    assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+    assert not [process for process in alive if lives(process)]
