@@ -1,9 +1,9 @@
 """The kernels of one decode step, from the tokens' ids to the logits, on buffers of their own.
 
-Few sequences (up to `linear.MAX_ROWS`) go through kernels that stream the weights; more through cuBLAS, with kernels in
-between. Over several ranks sums and logits are exchanged through each other's memory (`all_reduce.py`) while they are
-small, summed, added and normed a row at a time when they are larger (`row_exchange.py`), and go through NCCL where
-there is no such memory.
+Few sequences (up to `linear.MAX_ROWS`) go through kernels that stream the weights; more through `rows_product.py` or
+cuBLAS, with kernels in between. Over several ranks sums and logits are exchanged through each other's memory
+(`all_reduce.py`) while they are small, summed, added and normed a row at a time when they are larger
+(`row_exchange.py`), and go through NCCL where there is no such memory.
 
 Shape suffixes: S rows of the step, D residual width, N rows of a joined matrix, H query and K key/value heads of this
 rank, E head width, F feed-forward width of this rank, V vocabulary, R, L, B as in `engine/rows.py`.

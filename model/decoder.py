@@ -86,7 +86,7 @@ class FusedDecoder:
             return
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
-        # Its products of few rows are faster (1% of a step at 32 to 96 rows on an H200), those of prompts are not.
+        # Its products of few rows are faster (1% of a step of 96 rows on an H200), those of prompts are not.
         with torch.cuda.stream(self._stream), _products_by("cublaslt"):
             self.step.positions_S.fill_(-1)
             self.step.enqueue(bucket)

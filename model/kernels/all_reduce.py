@@ -64,8 +64,8 @@ def _sum_kernel(
     words_ptr, step_ptr, gain_ptr, residual_ptr, x_ptr, sums_ptr, offset, index, per_step, s,
     D: tl.constexpr, TERMS: tl.constexpr, C: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    # It does not wait for the product: the words say when they are there. What else it reads was written before that
-    # product began (by then visible in L2, hence .cg).
+    # It does not wait for the product: the words say when they are there. Steps were counted before that product began;
+    # the residual was written before the words were, and is loaded behind them (by then visible in L2, hence .cg).
     if PDL:
         gdc_launch_dependents()
     part, m = tl.program_id(0), tl.program_id(1)

@@ -1,4 +1,4 @@
-"""What surrounds cuBLAS's products when a step has many rows; with few, `linear.py` does it in the products themselves.
+"""What surrounds products when a step has many rows; with few, `linear.py` does it in the products themselves.
 
 Shape suffixes: S rows of the step, D residual width, F feed-forward width, N columns, P parts of a norm's sum.
 """

@@ -33,7 +33,7 @@ _DEPTH = gl.constexpr(64)  # of a tile: as far as the copy engine swaps banks
 _BYTES = gl.constexpr(2)
 _ROOM = 225 << 10  # bytes of a processor's shared memory
 _MAX_ENTRIES = 12
-_FEWEST, _MOST = 0.6, 2.75  # programs, of the processors: fewer would not keep the memory busy
+_FEWEST, _MOST = 0.7, 2.75  # programs, of the processors: fewer would not keep the memory busy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ def choose_rows_tile(S: int, N: int, K: int, processors: int, *, in_parts: bool)
     if S > MAX_ROWS or N % rows or K % depth:
         return None
     tiles, steps = N // rows, K // depth
-    parts = max(1, (2 if S <= 32 else 1) * processors // tiles) if in_parts else 1
+    parts = max(1, min((2 if S <= 32 else 1) * processors // tiles, steps // 3)) if in_parts else 1
     programs = tiles * parts
     room = _ROOM // (1 if programs <= processors else 2) // ((rows + _padded(S)) * depth * _BYTES.value)
     entries = min(_MAX_ENTRIES, room, steps // parts)

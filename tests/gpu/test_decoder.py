@@ -39,6 +39,13 @@ def test_int4_at_real_widths(shape: tuple[int, int, int, int]) -> None:
     check_logits(setup, [1])
 
 
+def test_tens_of_sequences_at_real_widths() -> None:
+    """All four products of a layer are `rows_product.py`'s, two of them in parts."""
+    args, sizes = ModelArgs(4096, 1, 32, 8, 512, 11008), [13, 32, 50]
+    check_logits(Setup(args, TensorParallel(), [16, 32, 64]), sizes)
+    check_captures(Setup(args, TensorParallel(), [16, 32, 64]), sizes)
+
+
 @pytest.mark.parametrize("n", [1, 3, 7, 40])
 def test_writes_the_new_keys_and_values_and_nothing_else(n: int) -> None:
     setup = one_rank("wide", [1, 4, 8, 64])
