@@ -122,8 +122,8 @@ def embed(
 
     Args:
         positions_S: of the tokens; -1: padding.
-        pdl: programmatic dependent launch: the kernel in front, launched normally, must write nothing that is read here,
-            and must not read or write what is written here.
+        pdl: programmatic dependent launch: the kernel in front, launched normally, must write nothing that is read
+            here, and must not read or write what is written here.
 
     Returns:
         The parts of the sums of squares.
