@@ -35,7 +35,7 @@ class Config:
     Attributes:
         keys: of a tile.
         warps: of a program.
-        stages: tiles in flight, and one.
+        stages: tiles in flight, and one; with `hopper`, of the ring.
         least: keys that an item has at least; a multiple of `keys`.
         programs: that run on a processor at a time.
         hopper: made by `decode_hopper.py`; programs are one warp there.
