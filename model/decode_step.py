@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -32,6 +33,9 @@ from tpserve.model.llama import Llama, TransformerBlock
 from tpserve.model.matrix import Matrix, join
 from tpserve.model.parallel import TensorParallel
 from tpserve.model.plan import chunk_bounds
+
+if TYPE_CHECKING:
+    from tpserve.model.kernels.rows_product import RowsTile
 
 # Sums go as words (four times their bytes, once to every rank, but no barrier and no pass of their own) up to this.
 MAX_WORD_ROWS, MAX_WORD_BYTES = 64, 4 << 20
@@ -128,13 +132,12 @@ class DecodeStep:
         processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
         self._processors = processors
         self._rows_product: ModuleType | None = None
+        self._rows_pairs: ModuleType | None = None
         if tp.size == 1 and has_gluon() and is_hopper(device) and dtype.itemsize == 2:  # not tried on several ranks
-            from tpserve.model.kernels import rows_product
+            from tpserve.model.kernels import rows_pairs, rows_product
 
-            self._rows_product = rows_product
-            self._parts = zeros(
-                rows_product.most_in_parts(min(rows, rows_product.MAX_ROWS), processors), dtype=torch.float32
-            )
+            self._rows_product, self._rows_pairs = rows_product, rows_pairs
+            self._parts = zeros(rows_product.most_in_parts(rows, processors), dtype=torch.float32)
         size, longest = cache.block_size, tokens_RL.shape[1]
         self._cuts = {s: choose_cut(s, h, cache.k[0], dtype, size, longest, processors) for s in batch_sizes}
         self._scratch = decode_scratch(largest, h, e, max(cut.items for cut in self._cuts.values()), device)
@@ -205,8 +208,7 @@ class DecodeStep:
             if few:
                 linear.gate_up(self._normed, parts, layer.w13_ND, self._act_SF, s, self.tiles[s].gate_up, pdl=self._pdl)
             else:
-                wide = self._multiply(layer.w13_ND, s)
-                pointwise.silu_mul(wide, self._act_SF[:s], self._normed, parts, pdl=self._pdl)
+                self._gate_up(layer.w13_ND, parts, s)
             tile = self.tiles[s].down if few else None
             parts = self._add(self._act_SF, layer.w2_DF, gains[i + 1], s, 2 * i + 1, tile)
         self._logits(parts, s)
@@ -218,31 +220,45 @@ class DecodeStep:
         n = w_ND.shape[0]
         return self._product(self._normed.x_SD[:s], w_ND, self._wide[: s * n].view(s, n))
 
+    def _rows_tile(self, s: int, w: Matrix, *, in_parts: bool = False) -> RowsTile | None:
+        """How `rows_product.py` multiplies by a matrix; None: cuBLAS does."""
+        if self._rows_product is None or w.scale is not None:
+            return None
+        tile: RowsTile | None = self._rows_product.choose_rows_tile(s, *w.shape, self._processors, in_parts=in_parts)
+        return tile
+
     def _product(self, x_SK: torch.Tensor, w: Matrix, out_SN: torch.Tensor, *, in_parts: bool = False) -> torch.Tensor:
         """x @ wᵀ in `out_SN`; in_parts: or in float32 parts [P, S, N] elsewhere."""
-        (n, k), s, kernel, tile = w.shape, len(x_SK), self._rows_product, None
-        if kernel is not None and w.scale is None:
-            tile = kernel.choose_rows_tile(s, n, k, self._processors, in_parts=in_parts)
-        if kernel is None or tile is None:
+        s, n, tile = len(x_SK), w.shape[0], self._rows_tile(len(x_SK), w, in_parts=in_parts)
+        if self._rows_product is None or tile is None:
             return matmul(x_SK, w, out_SN)
         if tile.parts > 1:
             out_SN = self._parts[: tile.parts * s * n].view(tile.parts, s, n)
-        kernel.rows_product(x_SK, w.q, out_SN, tile, pdl=self._pdl)
+        self._rows_product.rows_product(x_SK, w.q, out_SN, tile, pdl=self._pdl)
         return out_SN
+
+    def _gate_up(self, w_ND: Matrix, parts: int, s: int) -> None:
+        """Of more than a few rows."""
+        tile = self._rows_tile(s, w_ND)
+        if self._rows_pairs is not None and tile is not None:
+            self._rows_pairs.gate_up(self._normed, parts, w_ND.q, self._act_SF[:s], tile, pdl=self._pdl)
+            return
+        wide = self._multiply(w_ND, s)
+        pointwise.silu_mul(wide, self._act_SF[:s], self._normed, parts, pdl=self._pdl)
 
     def _qkv(self, i: int, parts: int, s: int) -> None:
         layer, k, v = self.layers[i], self._cache.k[i], self._cache.v[i]
+        where = (self._rope_PC2, self.positions_S, self._slots_S)
         if s <= linear.MAX_ROWS:
-            linear.qkv(
-                self._normed, parts, layer.wqkv_ND, self._q_SHE, k, v, self._rope_PC2, self.positions_S, self._slots_S,
-                s, self.tiles[s].qkv, pdl=self._pdl,
-            )  # fmt: skip
-        else:
-            wide = self._multiply(layer.wqkv_ND, s)
-            rope_and_write(
-                wide, self._q_SHE[:s], k, v, self._rope_PC2, self.positions_S, self._slots_S, self._normed, parts,
-                pdl=self._pdl,
-            )  # fmt: skip
+            tile = self.tiles[s].qkv
+            linear.qkv(self._normed, parts, layer.wqkv_ND, self._q_SHE, k, v, *where, s, tile, pdl=self._pdl)
+            return
+        q_SHE, tile = self._q_SHE[:s], self._rows_tile(s, layer.wqkv_ND)
+        if self._rows_pairs is not None and tile is not None and self._rows_pairs.fits_qkv(tile, q_SHE, k):
+            self._rows_pairs.qkv(self._normed, parts, layer.wqkv_ND.q, q_SHE, k, v, *where, tile, pdl=self._pdl)
+            return
+        wide = self._multiply(layer.wqkv_ND, s)
+        rope_and_write(wide, q_SHE, k, v, *where, self._normed, parts, pdl=self._pdl)
 
     def _add(
         self, x: torch.Tensor, w: Matrix, gain_D: torch.Tensor, s: int, index: int, tile: Tile | Stream | None

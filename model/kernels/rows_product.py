@@ -28,7 +28,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tpserve.model.kernels.block_copies import barrier
 
-MAX_ROWS = 64  # with 128, cuBLAS was faster
+MAX_ROWS, MAX_ROWS_IN_PARTS = 64, 128  # with more, cuBLAS is faster
 _DEPTH = gl.constexpr(64)  # of a tile: as far as the copy engine swaps banks
 _BYTES = gl.constexpr(2)
 _ROOM = 225 << 10  # bytes of a processor's shared memory
@@ -62,12 +62,12 @@ def choose_rows_tile(S: int, N: int, K: int, processors: int, *, in_parts: bool)
     """
     depth = _DEPTH.value
     rows = 64 if _MOST * processors >= N // 64 else 128
-    if S > MAX_ROWS or N % rows or K % depth:
+    if (MAX_ROWS_IN_PARTS if in_parts else MAX_ROWS) < S or N % rows or K % depth:
         return None
     tiles, steps = N // rows, K // depth
     parts = max(1, min((2 if S <= 32 else 1) * processors // tiles, steps // 3)) if in_parts else 1
     programs = tiles * parts
-    room = _ROOM // (1 if programs <= processors else 2) // ((rows + _padded(S)) * depth * _BYTES.value)
+    room = _ROOM // (1 if programs <= processors else 2) // ((rows + padded(S)) * depth * _BYTES.value)
     entries = min(_MAX_ENTRIES, room, steps // parts)
     if entries < 3 or not _FEWEST * processors <= programs <= _MOST * processors:
         return None
@@ -76,46 +76,75 @@ def choose_rows_tile(S: int, N: int, K: int, processors: int, *, in_parts: bool)
 
 def most_in_parts(S: int, processors: int) -> int:
     """Numbers that a product of up to S rows leaves in parts, at most."""
-    return 2 * processors * 64 * S
+    return 2 * processors * 64 * min(S, MAX_ROWS_IN_PARTS)
 
 
-def _padded(S: int) -> int:
+def padded(S: int) -> int:
+    """Rows that are computed for S."""
     return max(16, 1 << (S - 1).bit_length())
 
 
+def warps(tile: RowsTile) -> int:
+    """Of a program: four have 64 rows of the weight, in one product; more, 32 each."""
+    return max(4, tile.rows // 32)
+
+
+def descriptor(matrix: torch.Tensor, rows: int) -> TensorDescriptor:
+    """For copies of so many rows of a matrix of 16-bit numbers, whose columns are contiguous."""
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, _DEPTH.value], layout)
+
+
 @gluon.jit
-def _copy(desc, row, k, ring, slot, full):
-    tma.async_copy_global_to_shared(desc, [row, k * _DEPTH], full.index(slot), ring.index(slot))
+def _copy_weight(w_desc, other_desc, ws, full, slot, row, k, BN: gl.constexpr, HALVES: gl.constexpr):
+    """Of a tile, BN rows, or as many halves of it."""
+    tile, arrived = ws.index(slot), full.index(slot)
+    if HALVES == 1:
+        tma.async_copy_global_to_shared(w_desc, [row, k * _DEPTH], arrived, tile)
+    else:
+        tma.async_copy_global_to_shared(w_desc, [row, k * _DEPTH], arrived, tile.slice(0, BN // 2))
+        tma.async_copy_global_to_shared(other_desc, [row, k * _DEPTH], arrived, tile.slice(BN // 2, BN // 2))
 
 
-@gluon.jit(do_not_specialize=["num_rows"])
-def _product_kernel(
-    w_desc, x_desc, out_ptr, num_rows, N: gl.constexpr, K: gl.constexpr, PARTS: gl.constexpr, M: gl.constexpr,
-    BN: gl.constexpr, ENTRIES: gl.constexpr, PDL: gl.constexpr,
-):  # fmt: skip
-    STEPS: gl.constexpr = K // _DEPTH
-    BOTH: gl.constexpr = (BN + M) * _DEPTH * _BYTES
+@gluon.jit
+def ask_for_weights(
+    w_desc, other_desc, row, first, M: gl.constexpr, BN: gl.constexpr, ENTRIES: gl.constexpr, HALVES: gl.constexpr
+):
+    """Begins a product: a ring, and the weight's first tiles on their way into it.
+
+    Args:
+        w_desc, other_desc: the weight, of whose rows from `row` on a tile is made; with two halves of one each.
+        row: of both.
+        first: tile of K.
+    """
     TILE: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, M, 16])
-    tile, part = gl.program_id(0) // PARTS, gl.program_id(0) % PARTS
-    first = STEPS * part // PARTS
-    steps = STEPS * (part + 1) // PARTS - first  # ENTRIES at least
     ws = gl.allocate_shared_memory(w_desc.dtype, [ENTRIES, BN, _DEPTH], TILE)
-    xs = gl.allocate_shared_memory(x_desc.dtype, [ENTRIES, M, _DEPTH], TILE)
+    xs = gl.allocate_shared_memory(w_desc.dtype, [ENTRIES, M, _DEPTH], TILE)
     full = gl.allocate_shared_memory(gl.int64, [ENTRIES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(ENTRIES):
         mbarrier.init(full.index(i), count=1)
     fence_async_shared()
     barrier()
     for i in gl.static_range(ENTRIES):
-        mbarrier.expect(full.index(i), BOTH)
-        _copy(w_desc, tile * BN, first + i, ws, i, full)
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
+        mbarrier.expect(full.index(i), (BN + M) * _DEPTH * _BYTES)
+        _copy_weight(w_desc, other_desc, ws, full, i, row, first + i, BN, HALVES)
+    return ws, xs, full
+
+
+@gluon.jit
+def ask_for_rows(x_desc, xs, full, first, ENTRIES: gl.constexpr):
+    """Goes on: the rows are there."""
     for i in gl.static_range(ENTRIES):
-        _copy(x_desc, 0, first + i, xs, i, full)
-    acc = gl.zeros([BN, M], gl.float32, SUMS)
+        tma.async_copy_global_to_shared(x_desc, [0, (first + i) * _DEPTH], full.index(i), xs.index(i))
+
+
+@gluon.jit
+def sum_up(
+    w_desc, other_desc, x_desc, ws, xs, full, row, first, steps,
+    M: gl.constexpr, BN: gl.constexpr, ENTRIES: gl.constexpr, HALVES: gl.constexpr,
+):  # fmt: skip
+    """Ends it: float32 [BN, M], over `steps` tiles of K, `ENTRIES` at least."""
+    acc = gl.zeros([BN, M], gl.float32, gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, M, 16]))
     for k in range(steps):
         slot = k % ENTRIES
         mbarrier.wait(full.index(slot), k // ENTRIES % 2)
@@ -124,10 +153,29 @@ def _product_kernel(
         barrier()  # in all warps
         after = k - 1 + ENTRIES
         if (k > 0) & (after < steps):
-            mbarrier.expect(full.index(after % ENTRIES), BOTH)
-            _copy(w_desc, tile * BN, first + after, ws, after % ENTRIES, full)
-            _copy(x_desc, 0, first + after, xs, after % ENTRIES, full)
-    acc = warpgroup_mma_wait(0, deps=(acc,))
+            mbarrier.expect(full.index(after % ENTRIES), (BN + M) * _DEPTH * _BYTES)
+            _copy_weight(w_desc, other_desc, ws, full, after % ENTRIES, row, first + after, BN, HALVES)
+            where = [0, (first + after) * _DEPTH]
+            tma.async_copy_global_to_shared(x_desc, where, full.index(after % ENTRIES), xs.index(after % ENTRIES))
+    return warpgroup_mma_wait(0, deps=(acc,))
+
+
+@gluon.jit(do_not_specialize=["num_rows"])
+def _product_kernel(
+    w_desc, x_desc, out_ptr, num_rows, N: gl.constexpr, K: gl.constexpr, PARTS: gl.constexpr, M: gl.constexpr,
+    BN: gl.constexpr, ENTRIES: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    STEPS: gl.constexpr = K // _DEPTH
+    tile, part = gl.program_id(0) // PARTS, gl.program_id(0) % PARTS
+    first = STEPS * part // PARTS
+    steps = STEPS * (part + 1) // PARTS - first
+    ws, xs, full = ask_for_weights(w_desc, w_desc, tile * BN, first, M, BN, ENTRIES, 1)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    ask_for_rows(x_desc, xs, full, first, ENTRIES)
+    acc = sum_up(w_desc, w_desc, x_desc, ws, xs, full, tile * BN, first, steps, M, BN, ENTRIES, 1)
+    SUMS: gl.constexpr = acc.type.layout
     n, m = gl.arange(0, BN, gl.SliceLayout(1, SUMS)), gl.arange(0, M, gl.SliceLayout(0, SUMS))
     out = out_ptr + (part * num_rows + m)[None, :].to(gl.int64) * N + tile * BN + n[:, None]
     gl.store(out, acc.to(out_ptr.dtype.element_ty), mask=(m < num_rows)[None, :] & (n >= 0)[:, None])
@@ -146,13 +194,8 @@ def rows_product(
         pdl: programmatic dependent launch.
     """
     (N, K), S = w_NK.shape, len(x_SK)
-    M = _padded(S)
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    w_desc, x_desc = (
-        TensorDescriptor(t, list(t.shape), [K, 1], [rows, _DEPTH.value], layout)
-        for t, rows in ((w_NK, tile.rows), (x_SK, M))
-    )
+    M = padded(S)
     _product_kernel[(N // tile.rows * tile.parts,)](
-        w_desc, x_desc, out, S, N=N, K=K, PARTS=tile.parts, M=M, BN=tile.rows, ENTRIES=tile.entries, PDL=pdl,
-        num_warps=max(4, tile.rows // 32), launch_pdl=pdl,
+        descriptor(w_NK, tile.rows), descriptor(x_SK, M), out, S, N=N, K=K, PARTS=tile.parts, M=M, BN=tile.rows,
+        ENTRIES=tile.entries, PDL=pdl, num_warps=warps(tile), launch_pdl=pdl,
     )  # fmt: skip

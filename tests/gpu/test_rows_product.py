@@ -1,6 +1,8 @@
-"""Products of some tens of rows against float64: every tile, rows that fill none, sums in parts."""
+"""Products of some tens of rows against float64: every tile, rows that fill none, sums in parts, ends."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
@@ -56,3 +58,78 @@ def test_chosen_tiles_fit(S: int) -> None:
             expected = x.float() @ w.float().T
             result = out.float().sum(0) if tile.parts > 1 else out.float()
             assert ((result - expected).norm() / expected.norm()).item() < 4e-3
+
+
+def normed(S: int, D: int, dtype: torch.dtype) -> tuple[Any, torch.Tensor, int]:
+    """Rows whose norm is still to be divided out, in buffers with more rows than S; the rows divided, float64; parts."""
+    from tpserve.model.kernels.norm import Normed
+
+    width = min(D & -D, 512)
+    residual = torch.randn(S + 3, D, device="cuda") * (1 + torch.arange(S + 3, device="cuda")[:, None])
+    sums = residual.square().view(S + 3, D // width, width).sum(2).flatten()
+    x = residual.to(dtype)
+    divided = x.double() * (residual.double().square().mean(1, keepdim=True) + 1e-5).rsqrt()
+    return Normed(residual, x, sums, 1e-5), divided[:S], D // width
+
+
+PAIRS = [(64, 3), (64, 6), (128, 4)]
+
+
+@pytest.mark.parametrize("pdl", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("S", [9, 16, 40, 64])
+@pytest.mark.parametrize(("rows", "entries"), PAIRS)
+@pytest.mark.parametrize("F", [512, 344])
+def test_gate_and_up(F: int, rows: int, entries: int, S: int, dtype: torch.dtype, pdl: bool) -> None:
+    from tpserve.model.kernels.rows_pairs import gate_up
+    from tpserve.model.kernels.rows_product import RowsTile
+
+    x, divided, parts = normed(S, 64 * 41, dtype)
+    w = (torch.randn(2 * F, 64 * 41, device="cuda") / 50).to(dtype)
+    out = torch.full((S + 1, F), 7.0, device="cuda", dtype=dtype)
+    gate_up(x, parts, w, out[:S], RowsTile(rows, 1, entries), pdl=pdl)
+    gate, up = (divided @ w.double().T).split(F, 1)
+    expected = gate / (1 + (-gate).exp()) * up
+    assert ((out[:S].double() - expected).norm() / expected.norm()).item() < 4e-3
+    assert (out[S] == 7).all()
+
+
+@pytest.mark.parametrize("pdl", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("S", [9, 16, 40, 64])
+@pytest.mark.parametrize(("rows", "entries"), PAIRS)
+@pytest.mark.parametrize(("H", "K", "E"), [(4, 4, 128), (8, 2, 64), (6, 2, 128)])
+def test_queries_keys_and_values(
+    H: int, K: int, E: int, rows: int, entries: int, S: int, dtype: torch.dtype, pdl: bool
+) -> None:
+    from tpserve.model.kernels.rows_pairs import fits_qkv, qkv
+    from tpserve.model.kernels.rows_product import RowsTile
+
+    D, slots, longest = 64 * 40, 200, 96
+    x, divided, parts = normed(S, D, dtype)
+    w = torch.randn((H + 2 * K) * E, D, device="cuda").to(dtype)
+    q = torch.full((S + 1, H, E), 7.0, device="cuda", dtype=dtype)
+    caches = [torch.full((slots, K, E), 7.0, device="cuda", dtype=dtype) for _ in range(2)]
+    rope = torch.randn(longest, E // 2, 2, device="cuda")
+    positions = torch.randint(longest, (S + 2,), device="cuda")
+    slot = torch.randperm(slots, device="cuda")[: S + 2]
+    positions[3], slot[3] = -1, -1  # padding
+    tile = RowsTile(rows, 1, entries)
+    assert fits_qkv(tile, q, caches[0])
+    qkv(x, parts, w, q[:S], *caches, rope, positions, slot, tile, pdl=pdl)
+
+    expected = (divided @ w.double().T).view(S, H + 2 * K, E)
+    turned = torch.view_as_complex(expected.unflatten(2, (-1, 2)).contiguous())
+    turned = turned * torch.view_as_complex(rope.double()[positions[:S]])[:, None]
+    turned = torch.view_as_real(turned).flatten(2)
+    there = positions[:S] >= 0
+    for result, wanted in (
+        (q[:S][there], turned[there, :H]),
+        (caches[0][slot[:S][there]], turned[there, H : H + K]),
+        (caches[1][slot[:S][there]], expected[there, H + K :]),
+    ):
+        assert ((result.double() - wanted).norm() / wanted.norm()).item() < 4e-3
+    assert (q[S] == 7).all()
+    for cache in caches:
+        written = (cache != 7).flatten(1).any(1).nonzero().flatten()
+        assert written.tolist() == sorted(slot[:S][there].tolist())
