@@ -12,20 +12,16 @@ rank, E head width, F feed-forward width of this rank, V vocabulary, R, L, B as 
 from __future__ import annotations
 
 import dataclasses
-from types import ModuleType
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
 from tpserve.model.head import head_product
-from tpserve.model.kernels import has_gluon, is_hopper, linear, norm, pointwise
+from tpserve.model.kernels import linear, norm, pointwise
 from tpserve.model.kernels.all_reduce import WordExchange
 from tpserve.model.kernels.decode_plan import choose_cut, deal, decode_scratch
 from tpserve.model.kernels.draw import GreedyDraws
-from tpserve.model.kernels.mixed import matmul
 from tpserve.model.kernels.paged_attention import paged_decode_attention
-from tpserve.model.kernels.rope import rope_and_write
 from tpserve.model.kernels.row_exchange import RowExchange
 from tpserve.model.kernels.tiles import Stream, Tile, choose_tiles
 from tpserve.model.kv_cache import PagedKVCache
@@ -33,9 +29,7 @@ from tpserve.model.llama import Llama, TransformerBlock
 from tpserve.model.matrix import Matrix, join
 from tpserve.model.parallel import TensorParallel
 from tpserve.model.plan import chunk_bounds
-
-if TYPE_CHECKING:
-    from tpserve.model.kernels.rows_product import RowsTile
+from tpserve.model.tens_of_rows import TensOfRows
 
 # Sums go as words (four times their bytes, once to every rank, but no barrier and no pass of their own) up to this.
 MAX_WORD_ROWS, MAX_WORD_BYTES = 64, 4 << 20
@@ -116,7 +110,6 @@ class DecodeStep:
         sums = zeros(rows * (args.dim // 4), dtype=torch.float32)
         residual_SD = zeros(rows, args.dim, dtype=torch.float32)
         self._q_SHE, self._attended_SHE, self._act_SF = zeros(rows, h, e), zeros(rows, h, e), zeros(rows, f)
-        self._wide = zeros(rows * max(first.wqkv_ND.shape[0], 2 * f))
         words = 8 * args.dim * max(1, tp.size - 1)
         self._max_word_rows = min(MAX_WORD_ROWS, max(linear.MAX_ROWS, MAX_WORD_BYTES // words))
         self._rows = RowExchange.make(tp, rows, args.dim, dtype, device) if largest > self._max_word_rows else None
@@ -130,14 +123,7 @@ class DecodeStep:
         if tp.size > 1:
             self._own_logits_SV = zeros(rows, self._head_VD.shape[0], dtype=torch.float32)
         processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-        self._processors = processors
-        self._rows_product: ModuleType | None = None
-        self._rows_pairs: ModuleType | None = None
-        if tp.size == 1 and has_gluon() and is_hopper(device) and dtype.itemsize == 2:  # not tried on several ranks
-            from tpserve.model.kernels import rows_pairs, rows_product
-
-            self._rows_product, self._rows_pairs = rows_product, rows_pairs
-            self._parts = zeros(rows_product.most_in_parts(rows, processors), dtype=torch.float32)
+        self._products = TensOfRows(device, dtype)
         size, longest = cache.block_size, tokens_RL.shape[1]
         self._cuts = {s: choose_cut(s, h, cache.k[0], dtype, size, longest, processors) for s in batch_sizes}
         self._scratch = decode_scratch(largest, h, e, max(cut.items for cut in self._cuts.values()), device)
@@ -208,43 +194,14 @@ class DecodeStep:
             if few:
                 linear.gate_up(self._normed, parts, layer.w13_ND, self._act_SF, s, self.tiles[s].gate_up, pdl=self._pdl)
             else:
-                self._gate_up(layer.w13_ND, parts, s)
+                self._products.gate_up(
+                    self._normed.x_SD[:s], layer.w13_ND, self._act_SF[:s], self._normed, parts
+                )  # fmt: skip
             tile = self.tiles[s].down if few else None
             parts = self._add(self._act_SF, layer.w2_DF, gains[i + 1], s, 2 * i + 1, tile)
         self._logits(parts, s)
         # Who draws otherwise writes over it.
         self.draws(self.logits_SV[:s], self.rows_S[:s], self.positions_S[:s], 1, pdl=self._pdl)
-
-    def _multiply(self, w_ND: Matrix, s: int) -> torch.Tensor:
-        """The normed rows times a joined matrix, [s, N]."""
-        n = w_ND.shape[0]
-        return self._product(self._normed.x_SD[:s], w_ND, self._wide[: s * n].view(s, n))
-
-    def _rows_tile(self, s: int, w: Matrix, *, in_parts: bool = False) -> RowsTile | None:
-        """How `rows_product.py` multiplies by a matrix; None: cuBLAS does."""
-        if self._rows_product is None or w.scale is not None:
-            return None
-        tile: RowsTile | None = self._rows_product.choose_rows_tile(s, *w.shape, self._processors, in_parts=in_parts)
-        return tile
-
-    def _product(self, x_SK: torch.Tensor, w: Matrix, out_SN: torch.Tensor, *, in_parts: bool = False) -> torch.Tensor:
-        """x @ wᵀ in `out_SN`; in_parts: or in float32 parts [P, S, N] elsewhere."""
-        s, n, tile = len(x_SK), w.shape[0], self._rows_tile(len(x_SK), w, in_parts=in_parts)
-        if self._rows_product is None or tile is None:
-            return matmul(x_SK, w, out_SN)
-        if tile.parts > 1:
-            out_SN = self._parts[: tile.parts * s * n].view(tile.parts, s, n)
-        self._rows_product.rows_product(x_SK, w.q, out_SN, tile, pdl=self._pdl)
-        return out_SN
-
-    def _gate_up(self, w_ND: Matrix, parts: int, s: int) -> None:
-        """Of more than a few rows."""
-        tile = self._rows_tile(s, w_ND)
-        if self._rows_pairs is not None and tile is not None:
-            self._rows_pairs.gate_up(self._normed, parts, w_ND.q, self._act_SF[:s], tile, pdl=self._pdl)
-            return
-        wide = self._multiply(w_ND, s)
-        pointwise.silu_mul(wide, self._act_SF[:s], self._normed, parts, pdl=self._pdl)
 
     def _qkv(self, i: int, parts: int, s: int) -> None:
         layer, k, v = self.layers[i], self._cache.k[i], self._cache.v[i]
@@ -253,12 +210,7 @@ class DecodeStep:
             tile = self.tiles[s].qkv
             linear.qkv(self._normed, parts, layer.wqkv_ND, self._q_SHE, k, v, *where, s, tile, pdl=self._pdl)
             return
-        q_SHE, tile = self._q_SHE[:s], self._rows_tile(s, layer.wqkv_ND)
-        if self._rows_pairs is not None and tile is not None and self._rows_pairs.fits_qkv(tile, q_SHE, k):
-            self._rows_pairs.qkv(self._normed, parts, layer.wqkv_ND.q, q_SHE, k, v, *where, tile, pdl=self._pdl)
-            return
-        wide = self._multiply(layer.wqkv_ND, s)
-        rope_and_write(wide, q_SHE, k, v, *where, self._normed, parts, pdl=self._pdl)
+        self._products.qkv(self._normed.x_SD[:s], layer.wqkv_ND, self._q_SHE[:s], k, v, *where, self._normed, parts)
 
     def _add(
         self, x: torch.Tensor, w: Matrix, gain_D: torch.Tensor, s: int, index: int, tile: Tile | Stream | None
@@ -270,10 +222,11 @@ class DecodeStep:
         if words is not None and tile is not None:
             linear.push_product(x, w, words, s, index, tile, pdl=self._pdl)
             return words.add(self._normed, gain_D, s, index, tile.split, pdl=self._pdl)
-        partial = self._product(x[:s], w, self._partial_SD[:s], in_parts=True)
+        in_parts = self._tp.size == 1 or words is not None  # other sums are of one part a rank
+        partial = self._products.product(x[:s], w, self._partial_SD[:s], in_parts=in_parts)
         if words is not None:
-            words.push_matrix(partial, index)
-            return words.add(self._normed, gain_D, s, index, 1, pdl=False)
+            words.push_matrix(partial, index, pdl=self._pdl)
+            return words.add(self._normed, gain_D, s, index, 1, pdl=self._pdl)
         if self._rows is not None and tile is None:
             self._rows.add_norm(self._normed.residual_SD, gain_D, self._normed.eps, s)
             return 0  # these rows are divided by their norm already

@@ -1,7 +1,8 @@
 """A step of any mix of prefill and decode tokens on CUDA, launched kernel by kernel: nine launches a layer.
 
 The same network as `Llama.forward`, on the joined weights of `decode_step.fuse`: cuBLAS's products, and between them
-one kernel each for residual add and norm, rotation and cache write, SiLU · up. The residual stream is float32.
+one kernel each for residual add and norm, rotation and cache write, SiLU · up; of few tokens, products that end with
+what follows (`tens_of_rows.py`). The residual stream is float32.
 
 Shape suffixes: T tokens, S sequences that decode (their tokens come first), P chunks of prompts, D residual width,
 H query and K key/value heads of this rank, E head width, N rows whose logits are asked for, V vocabulary.
@@ -27,6 +28,7 @@ from tpserve.model.llama import Llama
 from tpserve.model.parallel import TensorParallel
 from tpserve.model.residual import MIN_DEALT_ROWS, residual_stream
 from tpserve.model.share_exchange import ShareExchange
+from tpserve.model.tens_of_rows import TensOfRows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +74,7 @@ class FusedForward:
         self._head_dim = model.args.head_dim
         self._heads = layers[0].wo_DN.shape[1] // self._head_dim
         self._max_len = tables_RB.shape[1] * cache.block_size
+        self._products = TensOfRows(tables_RB.device, model.output.weight.dtype)
         self._processors = torch.cuda.get_device_properties(tables_RB.device).multi_processor_count
 
     def __call__(
@@ -103,8 +106,9 @@ class FusedForward:
         slots_T = torch.where(positions_T < 0, -1, slots_T)
         decode = self._plan(rows_T[decodes], positions_T[decodes]) if num_decodes else None
         stream = residual_stream(
-            model, tokens_T, self._tp, self._layers[0].attention_norm_D, self._row_exchange, self._share_exchange
-        )
+            model, tokens_T, self._tp, self._layers[0].attention_norm_D, self._products, self._row_exchange,
+            self._share_exchange,
+        )  # fmt: skip
         tiles = None if chunks is None else prefill_tiles(
             chunks.rows_P, chunks.starts_P1, chunks.contexts_P, len(tokens_T), self._heads, self._cache.k[0],
             model.output.weight.dtype, block_size=size,
@@ -113,9 +117,14 @@ class FusedForward:
         every = zip(self._layers, self._cache.k, self._cache.v, strict=True)
         last = min(num_layers or len(self._layers), len(self._layers)) - 1
         for i, (layer, k_cache, v_cache) in enumerate(itertools.islice(every, last + 1)):
-            qkv_TN = stream.times(layer.wqkv_ND)
-            q_THE, out_THE = (qkv_TN.new_empty(len(qkv_TN), self._heads, self._head_dim) for _ in range(2))
-            rope_and_write(qkv_TN, q_THE, k_cache, v_cache, model.rope_PC2, positions_T, slots_T)
+            q_THE, out_THE = (
+                layer.attention_norm_D.new_empty(len(tokens_T), self._heads, self._head_dim) for _ in range(2)
+            )  # fmt: skip
+            where = (q_THE, k_cache, v_cache, model.rope_PC2, positions_T, slots_T)
+            if stream.whole is None:
+                rope_and_write(stream.times(layer.wqkv_ND), *where)
+            else:
+                self._products.qkv(stream.whole, layer.wqkv_ND, *where)
             if decode is not None:
                 paged_decode_attention(
                     q_THE[decodes], k_cache, v_cache, self._tables_RB, out_THE[decodes], *decode, block_size=size
@@ -125,9 +134,11 @@ class FusedForward:
             if rows_N is not None and i == last:  # of the others, only keys and values were wanted
                 out_THE, stream = out_THE[rows_N], stream.only(rows_N)
             stream.add(out_THE.flatten(1), layer.wo_DN, layer.ffn_norm_D)
-            wide_TN = stream.times(layer.w13_ND)
-            act_TF = wide_TN.new_empty(len(wide_TN), wide_TN.shape[1] // 2)
-            pointwise.silu_mul(wide_TN, act_TF)
+            act_TF = out_THE.new_empty(len(out_THE), layer.w2_DF.shape[1])
+            if stream.whole is None:
+                pointwise.silu_mul(stream.times(layer.w13_ND), act_TF)
+            else:
+                self._products.gate_up(stream.whole, layer.w13_ND, act_TF)
             stream.add(act_TF, layer.w2_DF, gains[i])
         return model.gather(stream.logits(model.output.weight))
 
@@ -139,7 +150,8 @@ class FusedForward:
             len(self._tables_RB), self._heads, self._cache.k[0], self._model.output.weight.dtype, self._cache.block_size
         )
         many = MAX_MIXED_ROWS + 1  # from here on matrices of fewer bits are widened in memory
-        steps = [(0, 64), (0, many), *((n, n) for n in variants)]
+        # Products of some tens of rows have a variant for each power of two that they are computed for.
+        steps = [*((0, 1 << i) for i in range(4, 8)), (0, many), *((n, n) for n in variants)]
         if self._tp.size > 1:
             steps.append((0, MIN_DEALT_ROWS + 1))  # each rank keeps a share, until few rows are asked for
         for num_decodes, tokens in steps:

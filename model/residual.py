@@ -17,6 +17,7 @@ from tpserve.model.llama import Llama
 from tpserve.model.matrix import Matrix
 from tpserve.model.parallel import TensorParallel, all_gather
 from tpserve.model.share_exchange import ShareExchange
+from tpserve.model.tens_of_rows import TensOfRows
 
 MIN_DEALT_ROWS = 1024  # below, two collectives cost more than the norms of all rows
 
@@ -29,19 +30,27 @@ class Residual:
         tokens_T: of the step.
         tp: this rank's place.
         gain_D: of the first norm.
+        products: who makes them.
     """
 
-    def __init__(self, model: Llama, tokens_T: torch.Tensor, tp: TensorParallel, gain_D: torch.Tensor) -> None:
+    def __init__(
+        self, model: Llama, tokens_T: torch.Tensor, tp: TensorParallel, gain_D: torch.Tensor, products: TensOfRows
+    ) -> None:
         self._residual_TD, self._tp = model.tok_embeddings(tokens_T).float(), tp
-        self._eps = model.args.norm_eps
+        self._eps, self._products = model.args.norm_eps, products
         self._begin(gain_D)
 
     def _begin(self, gain_D: torch.Tensor) -> None:
-        self._x_TD = rows.add_norm(None, self._residual_TD, gain_D, self._eps)
+        self._x_TD = rows.add_norm(None, self._residual_TD, gain_D, self._eps, pdl=self._products.pdl)
+
+    @property
+    def whole(self) -> torch.Tensor | None:
+        """All normed rows; None: they come while they are multiplied."""
+        return self._x_TD
 
     def times(self, w_ND: Matrix) -> torch.Tensor:
         """The normed rows times wᵀ, [T, N]."""
-        return matmul(self._x_TD, w_ND)
+        return self._products.product(self._x_TD, w_ND)
 
     def logits(self, head_VD: torch.Tensor) -> torch.Tensor:
         """The normed rows times the head's wᵀ, float32 [T, V]."""
@@ -49,10 +58,10 @@ class Residual:
 
     def add(self, y_TN: torch.Tensor, w_DN: Matrix, gain_D: torch.Tensor) -> None:
         """Adds the sum over ranks of y · wᵀ, and makes the next norm."""
-        sum_TD = matmul(y_TN, w_DN)
+        sum_TD = self._products.product(y_TN, w_DN, in_parts=self._tp.size == 1)
         if self._tp.size > 1:
             self._tp.all_reduce(sum_TD)
-        self._x_TD = rows.add_norm(sum_TD, self._residual_TD, gain_D, self._eps)
+        self._x_TD = rows.add_norm(sum_TD, self._residual_TD, gain_D, self._eps, pdl=self._products.pdl)
 
     def only(self, rows_N: torch.Tensor) -> Residual:
         """Of some rows, before an `add`."""
@@ -60,7 +69,7 @@ class Residual:
 
     def _whole(self, residual_ND: torch.Tensor) -> Residual:
         made = Residual.__new__(Residual)
-        made._residual_TD, made._tp, made._eps = residual_ND, self._tp, self._eps
+        made._residual_TD, made._tp, made._eps, made._products = residual_ND, self._tp, self._eps, self._products
         return made
 
     def _collected(self, kept_ND: torch.Tensor, rows_N: torch.Tensor, share: int) -> torch.Tensor:
@@ -73,14 +82,15 @@ class ExchangedResidual(Residual):
     """Sums, residual and norms are made by `RowExchange`: each rank's share of the rows is the only right one."""
 
     def __init__(
-        self, model: Llama, tokens_T: torch.Tensor, tp: TensorParallel, gain_D: torch.Tensor, exchange: RowExchange
-    ) -> None:
-        super().__init__(model, tokens_T, tp, gain_D)
+        self, model: Llama, tokens_T: torch.Tensor, tp: TensorParallel, gain_D: torch.Tensor, products: TensOfRows,
+        exchange: RowExchange,
+    ) -> None:  # fmt: skip
+        super().__init__(model, tokens_T, tp, gain_D, products)
         self._exchange = exchange
 
     def add(self, y_TN: torch.Tensor, w_DN: Matrix, gain_D: torch.Tensor) -> None:
         """See `Residual`."""
-        matmul(y_TN, w_DN, self._exchange.partial_SD[: len(y_TN)])
+        self._products.product(y_TN, w_DN, self._exchange.partial_SD[: len(y_TN)])
         self._x_TD = self._exchange.add_norm(self._residual_TD, gain_D, self._eps, len(y_TN))
 
     def only(self, rows_N: torch.Tensor) -> Residual:
@@ -102,11 +112,13 @@ class DealtResidual(Residual):
     nobody reads.
     """
 
-    def __init__(self, model: Llama, tokens_T: torch.Tensor, tp: TensorParallel, gain_D: torch.Tensor) -> None:
+    def __init__(
+        self, model: Llama, tokens_T: torch.Tensor, tp: TensorParallel, gain_D: torch.Tensor, products: TensOfRows
+    ) -> None:
         self._num_rows, self._share = len(tokens_T), -(-len(tokens_T) // tp.size)
         tokens_T = torch.nn.functional.pad(tokens_T, (0, self._share * tp.size - len(tokens_T)))
         first = tp.rank * self._share
-        super().__init__(model, tokens_T[first : first + self._share], tp, gain_D)
+        super().__init__(model, tokens_T[first : first + self._share], tp, gain_D, products)
 
     def _begin(self, gain_D: torch.Tensor) -> None:
         self._gather(rows.add_norm(None, self._residual_TD, gain_D, self._eps))
@@ -135,10 +147,16 @@ class OverlappedResidual(DealtResidual):
     and rows for another rank leave as soon as they are made."""
 
     def __init__(
-        self, model: Llama, tokens_T: torch.Tensor, tp: TensorParallel, gain_D: torch.Tensor, exchange: ShareExchange
-    ) -> None:
+        self, model: Llama, tokens_T: torch.Tensor, tp: TensorParallel, gain_D: torch.Tensor, products: TensOfRows,
+        exchange: ShareExchange,
+    ) -> None:  # fmt: skip
         self._exchange = exchange
-        super().__init__(model, tokens_T, tp, gain_D)
+        super().__init__(model, tokens_T, tp, gain_D, products)
+
+    @property
+    def whole(self) -> None:
+        """See `Residual`."""
+        return None
 
     def _begin(self, gain_D: torch.Tensor) -> None:
         x_SD = self._exchange.own(self._share)
@@ -163,14 +181,15 @@ def residual_stream(
     tokens_T: torch.Tensor,
     tp: TensorParallel,
     gain_D: torch.Tensor,
+    products: TensOfRows,
     few: RowExchange | None,
     many: ShareExchange | None,
 ) -> Residual:
     """The kind that is fastest for so many tokens; arguments as of the kinds."""
     if few is not None and few.fits(len(tokens_T)):
-        return ExchangedResidual(model, tokens_T, tp, gain_D, few)
+        return ExchangedResidual(model, tokens_T, tp, gain_D, products, few)
     if tp.size > 1 and len(tokens_T) >= MIN_DEALT_ROWS:
         if many is not None and many.fits(len(tokens_T)):
-            return OverlappedResidual(model, tokens_T, tp, gain_D, many)
-        return DealtResidual(model, tokens_T, tp, gain_D)
-    return Residual(model, tokens_T, tp, gain_D)
+            return OverlappedResidual(model, tokens_T, tp, gain_D, products, many)
+        return DealtResidual(model, tokens_T, tp, gain_D, products)
+    return Residual(model, tokens_T, tp, gain_D, products)

@@ -30,7 +30,7 @@ import os
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tpserve.model.kernels.norm import Normed, store_normed
 from tpserve.model.parallel import TensorParallel
@@ -94,10 +94,15 @@ def _gather_kernel(words_ptr, step_ptr, logits_ptr, offset, index, per_step, V, 
 @triton.jit(do_not_specialize=["offset", "index", "per_step"])
 def _push_matrix_kernel(
     y_ptr, peers_ptr, step_ptr, offset, index, per_step, n,
-    C: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
+    C: tl.constexpr, PARTS: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     where = tl.program_id(0) * C + tl.arange(0, C)
-    y = tl.load(y_ptr + where, mask=where < n, other=0.0).to(tl.float32)
+    y = tl.zeros([C], tl.float32)
+    for part in tl.static_range(PARTS):
+        y += tl.load(y_ptr + part * n + where, mask=where < n, other=0.0).to(tl.float32)
     push(peers_ptr, offset + RANK * n + where, y, tl.load(step_ptr) * per_step + index, where < n, RANK, RANKS)
 
 
@@ -149,12 +154,16 @@ class WordExchange:
         # The sums of a step are even in number (two a layer): the slots alternate from step to step, too.
         return index % 2 * self._slot_words
 
-    def push_matrix(self, y_SD: torch.Tensor, index: int) -> None:
-        """Stores a partial sum that is in memory already."""
-        n = y_SD.numel()
+    def push_matrix(self, y: torch.Tensor, index: int, *, pdl: bool) -> None:
+        """Stores a partial sum that is in memory already.
+
+        Args:
+            y: [S, D], or [P, S, D]: P parts of it; contiguous.
+        """
+        n = y.shape[-2] * y.shape[-1]
         _push_matrix_kernel[(triton.cdiv(n, 1024),)](
-            y_SD, self.peers, self.step, self.slot(index), index, self.per_step, n,
-            C=1024, RANK=self.tp.rank, RANKS=self.tp.size,
+            y, self.peers, self.step, self.slot(index), index, self.per_step, n,
+            C=1024, PARTS=y.numel() // n, RANK=self.tp.rank, RANKS=self.tp.size, PDL=pdl, launch_pdl=pdl,
         )  # fmt: skip
 
     def add(self, into: Normed, gain_D: torch.Tensor, s: int, index: int, split: int, *, pdl: bool) -> int:

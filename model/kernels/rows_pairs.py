@@ -39,23 +39,27 @@ def _ends_layout(num_warps):
 
 @gluon.jit
 def _load_squares(sums_ptr, P: gl.constexpr, M: gl.constexpr):
-    """The parts of M rows' sums of squares."""
-    PARTS: gl.constexpr = triton.next_power_of_2(P)
+    """The parts of M rows' sums of squares; without any, nothing that is used."""
+    PARTS: gl.constexpr = triton.next_power_of_2(max(P, 1))
     LANES: gl.constexpr = min(PARTS, 32)
     BOTH: gl.constexpr = gl.BlockedLayout([1, 1], [32 // LANES, LANES], [gl.num_warps(), 1], [1, 0])
     m, part = gl.arange(0, M, gl.SliceLayout(1, BOTH)), gl.arange(0, PARTS, gl.SliceLayout(0, BOTH))
+    if P == 0:
+        return gl.zeros([M, PARTS], gl.float32, BOTH)
     return gl.load(sums_ptr + m[:, None] * P + part[None, :], mask=(part < P)[None, :] & (m >= 0)[:, None], other=0.0)
 
 
 @gluon.jit
-def _halves(acc, squares, D: gl.constexpr, EPS: gl.constexpr, BN: gl.constexpr, M: gl.constexpr):
-    """float32 [BN / 2, M] of one kind and the other, over their rows' norm."""
+def _halves(acc, squares, D: gl.constexpr, P: gl.constexpr, EPS: gl.constexpr, BN: gl.constexpr, M: gl.constexpr):
+    """float32 [BN / 2, M] of one kind and the other, over their rows' norm if there is one."""
     ENDS: gl.constexpr = _ends_layout(gl.num_warps())
     both = gl.convert_layout(acc.reshape([2, BN // 2, M]).permute((1, 2, 0)), ENDS)
     a, b = gl.split(both)
-    scale = gl.rsqrt(gl.sum(squares, 1) / D + EPS)
-    scale = gl.convert_layout(scale, gl.SliceLayout(0, gl.SliceLayout(2, ENDS)))[None, :]
-    return a * scale, b * scale
+    if P > 0:
+        scale = gl.rsqrt(gl.sum(squares, 1) / D + EPS)
+        scale = gl.convert_layout(scale, gl.SliceLayout(0, gl.SliceLayout(2, ENDS)))[None, :]
+        a, b = a * scale, b * scale
+    return a, b
 
 
 @gluon.jit(do_not_specialize=["num_rows"])
@@ -73,7 +77,7 @@ def _gate_up_kernel(
     ask_for_rows(x_desc, xs, full, 0, ENTRIES)
     squares = _load_squares(sums_ptr, P, M)
     acc = sum_up(gate_desc, up_desc, x_desc, ws, xs, full, row, 0, K // _DEPTH, M, BN, ENTRIES, 2)
-    gate, up = _halves(acc, squares, K, EPS, BN, M)
+    gate, up = _halves(acc, squares, K, P, EPS, BN, M)
     act = gate / (1.0 + gl.exp(-gate)) * up
     n, m = gl.arange(0, BN // 2, gl.SliceLayout(1, ENDS)) + row, gl.arange(0, M, gl.SliceLayout(0, ENDS))
     there = (m < num_rows)[None, :] & (n < F)[:, None]
@@ -90,6 +94,18 @@ def _store_pairs(ptr, row, WIDTH: gl.constexpr, n, even, odd):
     gl.store(where, words, mask=(row >= 0)[None, :] & (n >= 0)[:, None])
 
 
+@gluon.jit
+def _angles(rope_ptr, positions_ptr, first, there, rotates, E: gl.constexpr, BN: gl.constexpr, M: gl.constexpr):
+    """Cosines and sines of a tile's pairs, from number `first` on, at their rows' positions; of an angle of 0 where
+    nothing rotates. Positions are the step's input: there before it began."""
+    ENDS: gl.constexpr = gl.SliceLayout(2, _ends_layout(gl.num_warps()))
+    n, m = gl.arange(0, BN // 2, gl.SliceLayout(1, ENDS)) + first, gl.arange(0, M, gl.SliceLayout(0, ENDS))
+    position = gl.load(positions_ptr + m, mask=there, other=-1)
+    angle = rope_ptr + position[None, :] * E + (2 * (n % (E // 2)))[:, None]
+    mask = ((position >= 0) & rotates)[None, :] & (n >= 0)[:, None]
+    return gl.load(angle, mask=mask, other=1.0), gl.load(angle + 1, mask=mask, other=0.0)
+
+
 @gluon.jit(do_not_specialize=["num_rows"])
 def _qkv_kernel(
     even_desc, odd_desc, x_desc, sums_ptr, q_ptr, k_ptr, v_ptr, rope_ptr, positions_ptr, slots_ptr, num_rows,
@@ -101,12 +117,10 @@ def _qkv_kernel(
     QUERIES: gl.constexpr = H * E // 2
     KEYS: gl.constexpr = KV * E // 2
     ws, xs, full = ask_for_weights(even_desc, odd_desc, row, 0, M, BN, ENTRIES, 2)
-    n, m = gl.arange(0, BN // 2, gl.SliceLayout(1, ENDS)) + row, gl.arange(0, M, gl.SliceLayout(0, ENDS))
+    m = gl.arange(0, M, gl.SliceLayout(0, ENDS))
     there = m < num_rows
-    position = gl.load(positions_ptr + m, mask=there, other=-1)  # of the step's input: there before it began
-    angle = rope_ptr + position[None, :] * E + (2 * (n % (E // 2)))[:, None]
-    rotates = ((position >= 0) & (row < QUERIES + KEYS))[None, :] & (n >= 0)[:, None]  # values are not: an angle of 0
-    cos, sin = gl.load(angle, mask=rotates, other=1.0), gl.load(angle + 1, mask=rotates, other=0.0)
+    if M <= 64:  # they would take more registers than there are
+        cos, sin = _angles(rope_ptr, positions_ptr, row, there, row < QUERIES + KEYS, E, BN, M)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -114,7 +128,10 @@ def _qkv_kernel(
     squares = _load_squares(sums_ptr, P, M)
     slot = gl.load(slots_ptr + m, mask=there, other=-1)
     acc = sum_up(even_desc, odd_desc, x_desc, ws, xs, full, row, 0, D // _DEPTH, M, BN, ENTRIES, 2)
-    even, odd = _halves(acc, squares, D, EPS, BN, M)
+    even, odd = _halves(acc, squares, D, P, EPS, BN, M)
+    if M > 64:
+        cos, sin = _angles(rope_ptr, positions_ptr, row, there, row < QUERIES + KEYS, E, BN, M)
+    n = gl.arange(0, BN // 2, gl.SliceLayout(1, ENDS)) + row
     even, odd = even * cos - odd * sin, even * sin + odd * cos
     if row < QUERIES:
         _store_pairs(q_ptr, gl.where(there, m, -1), QUERIES, n, even, odd)
@@ -125,8 +142,7 @@ def _qkv_kernel(
 
 
 def qkv(
-    normed: Normed,
-    parts: int,
+    x_SD: torch.Tensor,
     w_ND: torch.Tensor,
     q_SHE: torch.Tensor,
     k_cache: torch.Tensor,
@@ -134,6 +150,8 @@ def qkv(
     rope_PC2: torch.Tensor,
     positions_S: torch.Tensor,
     slots_S: torch.Tensor,
+    normed: Normed | None,
+    parts: int,
     tile: RowsTile,
     *,
     pdl: bool = False,
@@ -141,22 +159,23 @@ def qkv(
     """Rotated queries to `q_SHE`, rotated keys and values to the cache slots `slots_S` (-1: nowhere).
 
     Args:
-        normed, parts: the input and how many parts its sums have.
+        x_SD: contiguous.
         w_ND: the rows of wq, wk and wv, one below the other, contiguous.
-        q_SHE: contiguous; S says how many rows there are.
+        q_SHE: contiguous.
         k_cache, v_cache: of the weight's type.
         rope_PC2: `tpserve.model.rope.rope_table`, float32 [positions, E / 2, 2].
         positions_S: int64; -1: padding. No kernel since the last one that was launched normally may have written them.
         slots_S: int64.
+        normed, parts: of the norm that x still lacks, and how many parts its sums have; None: none.
         tile: not in parts; see `fits_qkv`.
         pdl: programmatic dependent launch.
     """
-    (n, d), (s, h, e), M = w_ND.shape, q_SHE.shape, padded(len(q_SHE))
-    half = tile.rows // 2
+    (n, d), (s, h, e), M, half = w_ND.shape, q_SHE.shape, padded(len(x_SD)), tile.rows // 2
     _qkv_kernel[(n // tile.rows,)](
-        descriptor(w_ND[::2], half), descriptor(w_ND[1::2], half), descriptor(normed.x_SD[:s], M), normed.sums, q_SHE,
-        k_cache, v_cache, rope_PC2, positions_S, slots_S, s, D=d, H=h, KV=k_cache.shape[1], E=e, P=parts,
-        EPS=normed.eps, M=M, BN=tile.rows, ENTRIES=tile.entries, PDL=pdl, num_warps=warps(tile), launch_pdl=pdl,
+        descriptor(w_ND[::2], half), descriptor(w_ND[1::2], half), descriptor(x_SD, M),
+        x_SD if normed is None else normed.sums, q_SHE, k_cache, v_cache, rope_PC2, positions_S, slots_S, s,
+        D=d, H=h, KV=k_cache.shape[1], E=e, P=parts, EPS=0.0 if normed is None else normed.eps, M=M, BN=tile.rows,
+        ENTRIES=tile.entries, PDL=pdl, num_warps=warps(tile), launch_pdl=pdl,
     )  # fmt: skip
 
 
@@ -167,20 +186,29 @@ def fits_qkv(tile: RowsTile, q_SHE: torch.Tensor, k_cache: torch.Tensor) -> bool
 
 
 def gate_up(
-    normed: Normed, parts: int, w_ND: torch.Tensor, out_SF: torch.Tensor, tile: RowsTile, *, pdl: bool = False
+    x_SD: torch.Tensor,
+    w_ND: torch.Tensor,
+    out_SF: torch.Tensor,
+    normed: Normed | None,
+    parts: int,
+    tile: RowsTile,
+    *,
+    pdl: bool = False,
 ) -> None:
     """SiLU(x @ w1ᵀ) · (x @ w3ᵀ).
 
     Args:
-        normed, parts: x, and how many parts its sums have.
+        x_SD: contiguous.
         w_ND: w1 above w3, contiguous.
-        out_SF: contiguous; S says how many rows there are.
+        out_SF: contiguous.
+        normed, parts: of the norm that x still lacks, and how many parts its sums have; None: none.
         tile: not in parts.
         pdl: programmatic dependent launch.
     """
-    d, (s, f), M, half = w_ND.shape[1], out_SF.shape, padded(len(out_SF)), tile.rows // 2
+    d, (s, f), M, half = w_ND.shape[1], out_SF.shape, padded(len(x_SD)), tile.rows // 2
     _gate_up_kernel[(triton.cdiv(f, half),)](
-        descriptor(w_ND[:f], half), descriptor(w_ND[f:], half), descriptor(normed.x_SD[:s], M), normed.sums, out_SF, s,
-        K=d, F=f, P=parts, EPS=normed.eps, M=M, BN=tile.rows, ENTRIES=tile.entries, PDL=pdl, num_warps=warps(tile),
-        launch_pdl=pdl,
+        descriptor(w_ND[:f], half), descriptor(w_ND[f:], half), descriptor(x_SD, M),
+        x_SD if normed is None else normed.sums, out_SF, s, K=d, F=f, P=parts,
+        EPS=0.0 if normed is None else normed.eps, M=M, BN=tile.rows, ENTRIES=tile.entries, PDL=pdl,
+        num_warps=warps(tile), launch_pdl=pdl,
     )  # fmt: skip

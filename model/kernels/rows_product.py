@@ -29,6 +29,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from tpserve.model.kernels.block_copies import barrier
 
 MAX_ROWS, MAX_ROWS_IN_PARTS = 64, 128  # with more, cuBLAS is faster
+_FEWEST_OF_MANY = 112
 _DEPTH = gl.constexpr(64)  # of a tile: as far as the copy engine swaps banks
 _BYTES = gl.constexpr(2)
 _ROOM = 225 << 10  # bytes of a processor's shared memory
@@ -62,21 +63,21 @@ def choose_rows_tile(S: int, N: int, K: int, processors: int, *, in_parts: bool)
     """
     depth = _DEPTH.value
     rows = 64 if _MOST * processors >= N // 64 else 128
-    if (MAX_ROWS_IN_PARTS if in_parts else MAX_ROWS) < S or N % rows or K % depth:
+    if not _suits(S, in_parts) or N % rows or K % depth:
         return None
     tiles, steps = N // rows, K // depth
     parts = max(1, min((2 if S <= 32 else 1) * processors // tiles, steps // 3)) if in_parts else 1
     programs = tiles * parts
-    room = _ROOM // (1 if programs <= processors else 2) // ((rows + padded(S)) * depth * _BYTES.value)
+    room = _ROOM // -(-programs // processors) // ((rows + padded(S)) * depth * _BYTES.value)  # all run at a time
     entries = min(_MAX_ENTRIES, room, steps // parts)
     if entries < 3 or not _FEWEST * processors <= programs <= _MOST * processors:
         return None
     return RowsTile(rows, parts, entries)
 
 
-def most_in_parts(S: int, processors: int) -> int:
-    """Numbers that a product of up to S rows leaves in parts, at most."""
-    return 2 * processors * 64 * min(S, MAX_ROWS_IN_PARTS)
+def _suits(S: int, in_parts: bool) -> bool:
+    """128 rows are computed of any number above 64: that pays where it is not many more, and cuBLAS splits no sum."""
+    return S <= MAX_ROWS or (in_parts and _FEWEST_OF_MANY <= S <= MAX_ROWS_IN_PARTS)
 
 
 def padded(S: int) -> int:
@@ -85,8 +86,8 @@ def padded(S: int) -> int:
 
 
 def warps(tile: RowsTile) -> int:
-    """Of a program: four have 64 rows of the weight, in one product; more, 32 each."""
-    return max(4, tile.rows // 32)
+    """Of a program: four, which multiply together, for each 64 rows of the weight."""
+    return tile.rows // 16
 
 
 def descriptor(matrix: torch.Tensor, rows: int) -> TensorDescriptor:

@@ -61,7 +61,7 @@ def test_chosen_tiles_fit(S: int) -> None:
 
 
 def normed(S: int, D: int, dtype: torch.dtype) -> tuple[Any, torch.Tensor, int]:
-    """Rows whose norm is still to be divided out, in buffers with more rows than S; the rows divided, float64; parts."""
+    """Rows that lack their norm, in buffers with more rows than S; the rows divided by it, float64; parts of sums."""
     from tpserve.model.kernels.norm import Normed
 
     width = min(D & -D, 512)
@@ -72,12 +72,12 @@ def normed(S: int, D: int, dtype: torch.dtype) -> tuple[Any, torch.Tensor, int]:
     return Normed(residual, x, sums, 1e-5), divided[:S], D // width
 
 
-PAIRS = [(64, 3), (64, 6), (128, 4)]
+PAIRS = [(64, 3), (128, 4), (256, 3)]
 
 
 @pytest.mark.parametrize("pdl", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("S", [9, 16, 40, 64])
+@pytest.mark.parametrize("S", [9, 16, 40, 64, 128])
 @pytest.mark.parametrize(("rows", "entries"), PAIRS)
 @pytest.mark.parametrize("F", [512, 344])
 def test_gate_and_up(F: int, rows: int, entries: int, S: int, dtype: torch.dtype, pdl: bool) -> None:
@@ -87,18 +87,23 @@ def test_gate_and_up(F: int, rows: int, entries: int, S: int, dtype: torch.dtype
     x, divided, parts = normed(S, 64 * 41, dtype)
     w = (torch.randn(2 * F, 64 * 41, device="cuda") / 50).to(dtype)
     out = torch.full((S + 1, F), 7.0, device="cuda", dtype=dtype)
-    gate_up(x, parts, w, out[:S], RowsTile(rows, 1, entries), pdl=pdl)
-    gate, up = (divided @ w.double().T).split(F, 1)
-    expected = gate / (1 + (-gate).exp()) * up
-    assert ((out[:S].double() - expected).norm() / expected.norm()).item() < 4e-3
-    assert (out[S] == 7).all()
+    lacks_nothing = divided.to(dtype)
+    for rows_SK, given, exact in (
+        (x.x_SD[:S], (x, parts), divided),
+        (lacks_nothing, (None, 0), lacks_nothing.double()),
+    ):
+        gate_up(rows_SK, w, out[:S], *given, RowsTile(rows, 1, entries), pdl=pdl)
+        gate, up = (exact @ w.double().T).split(F, 1)
+        expected = gate / (1 + (-gate).exp()) * up
+        assert ((out[:S].double() - expected).norm() / expected.norm()).item() < 4e-3
+        assert (out[S] == 7).all()
 
 
 @pytest.mark.parametrize("pdl", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("S", [9, 16, 40, 64])
+@pytest.mark.parametrize("S", [9, 16, 40, 64, 128])
 @pytest.mark.parametrize(("rows", "entries"), PAIRS)
-@pytest.mark.parametrize(("H", "K", "E"), [(4, 4, 128), (8, 2, 64), (6, 2, 128)])
+@pytest.mark.parametrize(("H", "K", "E"), [(4, 4, 128), (8, 4, 64), (6, 2, 128)])
 def test_queries_keys_and_values(
     H: int, K: int, E: int, rows: int, entries: int, S: int, dtype: torch.dtype, pdl: bool
 ) -> None:
@@ -116,7 +121,7 @@ def test_queries_keys_and_values(
     positions[3], slot[3] = -1, -1  # padding
     tile = RowsTile(rows, 1, entries)
     assert fits_qkv(tile, q, caches[0])
-    qkv(x, parts, w, q[:S], *caches, rope, positions, slot, tile, pdl=pdl)
+    qkv(x.x_SD[:S], w, q[:S], *caches, rope, positions, slot, x, parts, tile, pdl=pdl)
 
     expected = (divided @ w.double().T).view(S, H + 2 * K, E)
     turned = torch.view_as_complex(expected.unflatten(2, (-1, 2)).contiguous())
