@@ -44,9 +44,12 @@ def _load_squares(sums_ptr, P: gl.constexpr, M: gl.constexpr):
     LANES: gl.constexpr = min(PARTS, 32)
     BOTH: gl.constexpr = gl.BlockedLayout([1, 1], [32 // LANES, LANES], [gl.num_warps(), 1], [1, 0])
     m, part = gl.arange(0, M, gl.SliceLayout(1, BOTH)), gl.arange(0, PARTS, gl.SliceLayout(0, BOTH))
-    if P == 0:
-        return gl.zeros([M, PARTS], gl.float32, BOTH)
-    return gl.load(sums_ptr + m[:, None] * P + part[None, :], mask=(part < P)[None, :] & (m >= 0)[:, None], other=0.0)
+    if P > 0:
+        mask = (part < P)[None, :] & (m >= 0)[:, None]
+        squares = gl.load(sums_ptr + m[:, None] * P + part[None, :], mask=mask, other=0.0)
+    else:
+        squares = gl.zeros([M, PARTS], gl.float32, BOTH)
+    return squares
 
 
 @gluon.jit

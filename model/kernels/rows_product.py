@@ -158,7 +158,9 @@ def sum_up(
             _copy_weight(w_desc, other_desc, ws, full, after % ENTRIES, row, first + after, BN, HALVES)
             where = [0, (first + after) * _DEPTH]
             tma.async_copy_global_to_shared(x_desc, where, full.index(after % ENTRIES), xs.index(after % ENTRIES))
-    return warpgroup_mma_wait(0, deps=(acc,))
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    barrier()  # other groups of warps, too: what follows may lie where the ring does
+    return acc
 
 
 @gluon.jit(do_not_specialize=["num_rows"])
