@@ -130,7 +130,9 @@ class FusedForward:
                     q_THE[decodes], k_cache, v_cache, self._tables_RB, out_THE[decodes], *decode, block_size=size
                 )
             if tiles is not None:
-                paged_prefill_attention(q_THE, k_cache, v_cache, self._tables_RB, tiles, out_THE, block_size=size)
+                paged_prefill_attention(
+                    q_THE, k_cache, v_cache, self._tables_RB, tiles, out_THE, block_size=size, pdl=self._products.pdl
+                )  # fmt: skip
             if rows_N is not None and i == last:  # of the others, only keys and values were wanted
                 out_THE, stream = out_THE[rows_N], stream.only(rows_N)
             stream.add(out_THE.flatten(1), layer.wo_DN, layer.ffn_norm_D)
@@ -160,8 +162,9 @@ class FusedForward:
             asked_N = none[:1] if tokens > MIN_DEALT_ROWS else None
             self(none, none, torch.full_like(none, -1), num_decodes, chunks, asked_N, num_layers=2)
         compile_for_many(
-            self._heads, self._cache.k[0], self._tables_RB, self._model.output.weight.dtype, self._cache.block_size
-        )
+            self._heads, self._cache.k[0], self._tables_RB, self._model.output.weight.dtype, self._cache.block_size,
+            pdl=self._products.pdl,
+        )  # fmt: skip
 
     def _plan(self, rows_S: torch.Tensor, positions_S: torch.Tensor) -> tuple[Cut, DecodeScratch]:
         """What the step's decode attention is told."""

@@ -44,11 +44,11 @@ class TensOfRows:
             self._product, self._pairs = rows_product, rows_pairs
             self._processors = torch.cuda.get_device_properties(device).multi_processor_count
 
-    def _tile(self, s: int, w: Matrix, *, in_parts: bool = False) -> RowsTile | None:
+    def _tile(self, s: int, w: Matrix, **how: bool) -> RowsTile | None:
         """None: cuBLAS."""
         if self._product is None or w.scale is not None:
             return None
-        tile: RowsTile | None = self._product.choose_rows_tile(s, *w.shape, self._processors, in_parts=in_parts)
+        tile: RowsTile | None = self._product.choose_rows_tile(s, *w.shape, self._processors, **how)
         return tile
 
     def product(
@@ -97,7 +97,7 @@ class TensOfRows:
             slots_S: int64.
             normed, parts: of the norm that x still lacks, and how many parts its sums have; None: none.
         """
-        tile = self._tile(len(x_SD), w_ND)
+        tile = self._tile(len(x_SD), w_ND, with_end=True)
         where = (rope_PC2, positions_S, slots_S, normed, parts)
         if self._pairs is not None and tile is not None and self._pairs.fits_qkv(tile, q_SHE, k_cache):
             self._pairs.qkv(x_SD, w_ND.q, q_SHE, k_cache, v_cache, *where, tile, pdl=self.pdl)
@@ -115,7 +115,7 @@ class TensOfRows:
             out_SF: contiguous.
             normed, parts: as for `qkv`.
         """
-        tile = self._tile(len(x_SD), w_ND)
+        tile = self._tile(len(x_SD), w_ND, with_end=True)
         if self._pairs is not None and tile is not None:
             self._pairs.gate_up(x_SD, w_ND.q, out_SF, normed, parts, tile, pdl=self.pdl)
             return

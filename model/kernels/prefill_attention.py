@@ -19,6 +19,7 @@ import math
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tpserve.model.kernels import hopper_takes
 from tpserve.model.kernels.attend import beside_float8
@@ -88,10 +89,14 @@ def _prefill_kernel(
     q_stride, out_stride, table_stride, scale,
     K: tl.constexpr, G: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, OFFSET: tl.constexpr, PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     head, about = tl.program_id(1), tiles_ptr + tl.program_id(0) * 5
     first, queries, tile = tl.load(about).to(tl.int64), tl.load(about + 1), tl.load(about + 2)
     context, row = tl.load(about + 3), tl.load(about + 4).to(tl.int64)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     if queries == 0:
         return
     table_ptr = tables_ptr + row * table_stride
@@ -146,7 +151,7 @@ def _padded(P: int) -> int:
 
 
 def compile_for_many(
-    q_heads: int, k_cache: torch.Tensor, tables_RB: torch.Tensor, dtype: torch.dtype, block_size: int
+    q_heads: int, k_cache: torch.Tensor, tables_RB: torch.Tensor, dtype: torch.dtype, block_size: int, *, pdl: bool
 ) -> None:
     """Launches what steps of many rows, or of many sequences, launch; for no queries."""
     hopper = hopper_takes(k_cache, dtype, block_size)
@@ -158,7 +163,7 @@ def compile_for_many(
             tiles = prefill_tiles(
                 none[:P], none, none[:P], 1, q_heads, k_cache, dtype, block_size=block_size, hopper_rows=rows
             )
-            paged_prefill_attention(q_THE, k_cache, k_cache, tables_RB, tiles, out_THE, block_size=block_size)
+            paged_prefill_attention(q_THE, k_cache, k_cache, tables_RB, tiles, out_THE, block_size=block_size, pdl=pdl)
 
 
 def prefill_tiles(
@@ -209,6 +214,7 @@ def paged_prefill_attention(
     out_THE: torch.Tensor,
     *,
     block_size: int,
+    pdl: bool = False,
 ) -> None:
     """Attends query i of a chunk after c keys to its sequence's keys 0 ... c + i.
 
@@ -218,6 +224,8 @@ def paged_prefill_attention(
         tables_RB: int32 or int64 block tables.
         tiles: from `prefill_tiles`, for this many tokens and heads.
         out_THE: written at the sequences' tokens.
+        pdl: programmatic dependent launch, where a step is small: the tiles must have been made before the kernel in
+            front of this began.
     """
     if tiles.hopper:
         from tpserve.model.kernels import prefill_hopper  # Gluon is not in every Triton
@@ -232,5 +240,6 @@ def paged_prefill_attention(
         q_THE.stride(0), out_THE.stride(0), tables_RB.stride(0), math.log2(math.e) / math.sqrt(E),
         K=K, G=G, E=E, EP=max(16, triton.next_power_of_2(E)), BLOCK=block_size, BM=BM, BN=BN, STAGES=stages,
         OFFSET=tl.int32 if k_cache.numel() < 2**31 else tl.int64,
-        PRECISION="ieee" if q_THE.dtype == torch.float32 else "tf32", num_warps=warps,
+        PRECISION="ieee" if q_THE.dtype == torch.float32 else "tf32", PDL=pdl,
+        num_warps=warps, launch_pdl=pdl,
     )  # fmt: skip

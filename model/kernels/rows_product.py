@@ -28,8 +28,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tpserve.model.kernels.block_copies import barrier
 
-MAX_ROWS, MAX_ROWS_IN_PARTS = 64, 128  # with more, cuBLAS is faster
-_FEWEST_OF_MANY = 112
+MAX_ROWS = 64  # with more, cuBLAS is faster, but for
+_FEWEST_OF_MANY, MOST_ROWS = 112, 128
 _DEPTH = gl.constexpr(64)  # of a tile: as far as the copy engine swaps banks
 _BYTES = gl.constexpr(2)
 _ROOM = 225 << 10  # bytes of a processor's shared memory
@@ -52,7 +52,9 @@ class RowsTile:
     entries: int
 
 
-def choose_rows_tile(S: int, N: int, K: int, processors: int, *, in_parts: bool) -> RowsTile | None:
+def choose_rows_tile(
+    S: int, N: int, K: int, processors: int, *, in_parts: bool = False, with_end: bool = False
+) -> RowsTile | None:
     """As measured on an H200, with 7B's shapes; None: cuBLAS is the way.
 
     Args:
@@ -60,13 +62,21 @@ def choose_rows_tile(S: int, N: int, K: int, processors: int, *, in_parts: bool)
         N, K: of the weight.
         processors: of the device.
         in_parts: whether the sums may be left in parts.
+        with_end: whether the product saves the kernel behind it (`rows_pairs.py`).
     """
     depth = _DEPTH.value
-    rows = 64 if _MOST * processors >= N // 64 else 128
-    if not _suits(S, in_parts) or N % rows or K % depth:
+    # With many rows, large tiles, which read them less often, if all run at a time with a processor each.
+    large = _MOST * processors < N // 64 or (
+        S > 32 and not in_parts and _FEWEST * processors <= N // 128 <= processors
+    )  # fmt: skip
+    rows = 128 if large else 64
+    if not _suits(S, in_parts or with_end) or N % rows or K % depth:
         return None
     tiles, steps = N // rows, K // depth
-    parts = max(1, min((2 if S <= 32 else 1) * processors // tiles, steps // 3)) if in_parts else 1
+    parts = 1
+    if in_parts:
+        each = 2 if S <= 32 or processors // tiles * tiles < _FEWEST * processors else 1
+        parts = max(1, min(each * processors // tiles, steps // 3))
     programs = tiles * parts
     room = _ROOM // -(-programs // processors) // ((rows + padded(S)) * depth * _BYTES.value)  # all run at a time
     entries = min(_MAX_ENTRIES, room, steps // parts)
@@ -75,9 +85,9 @@ def choose_rows_tile(S: int, N: int, K: int, processors: int, *, in_parts: bool)
     return RowsTile(rows, parts, entries)
 
 
-def _suits(S: int, in_parts: bool) -> bool:
-    """128 rows are computed of any number above 64: that pays where it is not many more, and cuBLAS splits no sum."""
-    return S <= MAX_ROWS or (in_parts and _FEWEST_OF_MANY <= S <= MAX_ROWS_IN_PARTS)
+def _suits(S: int, saves: bool) -> bool:
+    """Above 64, 128 rows are computed of any number: that pays where it is not many more, and something is saved."""
+    return S <= MAX_ROWS or (saves and _FEWEST_OF_MANY <= S <= MOST_ROWS)
 
 
 def padded(S: int) -> int:

@@ -24,7 +24,8 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU"),
 ]
 BLOCK, MAX_LEN, ROWS, BLOCKS = 16, 512, 40, 1400
-SHAPES = [(1024, 8, 8), (1024, 8, 2)]  # dim, heads, key/value heads
+# Dim, heads, key/value heads; the last one's products are `rows_product.py`'s, of up to 128 tokens.
+SHAPES = [(1024, 8, 8), (1024, 8, 2), (4096, 32, 8)]
 
 
 def llama(dim: int, heads: int, kv_heads: int) -> Llama:
@@ -147,8 +148,9 @@ def test_in_float32_fused_is_plain(dim: int, heads: int, kv_heads: int) -> None:
         assert (got - expected).abs().max() < 1e-4 * expected.abs().max(), parts
 
 
-def test_graphs_repeat_themselves_bit_by_bit() -> None:
-    a, b = (Driver(llama(1024, 8, 2), torch.bfloat16, True) for _ in range(2))
+@pytest.mark.parametrize(("dim", "heads", "kv_heads"), SHAPES[1:])
+def test_graphs_repeat_themselves_bit_by_bit(dim: int, heads: int, kv_heads: int) -> None:
+    a, b = (Driver(llama(dim, heads, kv_heads), torch.bfloat16, True) for _ in range(2))
     assert a.improve(idle=True) == b.improve(idle=True) > 10
     for parts in STEPS:
         assert torch.equal(a.step(parts), b.step(parts))
@@ -157,9 +159,10 @@ def test_graphs_repeat_themselves_bit_by_bit() -> None:
 
 @pytest.mark.usefixtures("_hopper_rows")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_graphs_give_the_bits_of_the_kernels_alone(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("dim", "heads", "kv_heads"), SHAPES[1:])
+def test_graphs_give_the_bits_of_the_kernels_alone(dim: int, heads: int, kv_heads: int, dtype: torch.dtype) -> None:
     """Of steps before their capture, of steps after it, and of a network that never captures."""
-    model = llama(1024, 8, 2)
+    model = llama(dim, heads, kv_heads)
     one, other = Driver(model, dtype, True), Driver(model, dtype, True, graphs=False)
     before = [one.step(parts) for parts in STEPS]
     assert one.improve(idle=False) == 1
@@ -175,7 +178,10 @@ def test_graphs_give_the_bits_of_the_kernels_alone(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.usefixtures("_hopper_rows")
-def test_nothing_is_compiled_while_serving(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("dim", "heads", "kv_heads"), SHAPES[::2])
+def test_nothing_is_compiled_while_serving(
+    dim: int, heads: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A kernel compiled in the middle stops everybody for a second."""
     import triton
 
@@ -184,7 +190,7 @@ def test_nothing_is_compiled_while_serving(monkeypatch: pytest.MonkeyPatch) -> N
             for kernel in vars(module).values():
                 if isinstance(kernel, triton.runtime.JITFunction):
                     kernel.device_caches.clear()
-    driver = Driver(llama(1024, 8, 8), torch.bfloat16, True)
+    driver = Driver(llama(dim, heads, kv_heads), torch.bfloat16, True)
     compiled: list[str] = []
     monkeypatch.setattr(
         triton.knobs.runtime, "jit_post_compile_hook", lambda *args, **named: compiled.append(named["repr"])
