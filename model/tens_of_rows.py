@@ -97,7 +97,7 @@ class TensOfRows:
             slots_S: int64.
             normed, parts: of the norm that x still lacks, and how many parts its sums have; None: none.
         """
-        tile = self._tile(len(x_SD), w_ND, with_end=True)
+        tile = self._tile(len(x_SD), w_ND)
         where = (rope_PC2, positions_S, slots_S, normed, parts)
         if self._pairs is not None and tile is not None and self._pairs.fits_qkv(tile, q_SHE, k_cache):
             self._pairs.qkv(x_SD, w_ND.q, q_SHE, k_cache, v_cache, *where, tile, pdl=self.pdl)

@@ -122,8 +122,7 @@ def _qkv_kernel(
     ws, xs, full = ask_for_weights(even_desc, odd_desc, row, 0, M, BN, ENTRIES, 2)
     m = gl.arange(0, M, gl.SliceLayout(0, ENDS))
     there = m < num_rows
-    if M <= 64:  # they would take more registers than there are
-        cos, sin = _angles(rope_ptr, positions_ptr, row, there, row < QUERIES + KEYS, E, BN, M)
+    cos, sin = _angles(rope_ptr, positions_ptr, row, there, row < QUERIES + KEYS, E, BN, M)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -132,8 +131,6 @@ def _qkv_kernel(
     slot = gl.load(slots_ptr + m, mask=there, other=-1)
     acc = sum_up(even_desc, odd_desc, x_desc, ws, xs, full, row, 0, D // _DEPTH, M, BN, ENTRIES, 2)
     even, odd = _halves(acc, squares, D, P, EPS, BN, M)
-    if M > 64:
-        cos, sin = _angles(rope_ptr, positions_ptr, row, there, row < QUERIES + KEYS, E, BN, M)
     n = gl.arange(0, BN // 2, gl.SliceLayout(1, ENDS)) + row
     even, odd = even * cos - odd * sin, even * sin + odd * cos
     if row < QUERIES:

@@ -62,7 +62,7 @@ def choose_rows_tile(
         N, K: of the weight.
         processors: of the device.
         in_parts: whether the sums may be left in parts.
-        with_end: whether the product saves the kernel behind it (`rows_pairs.py`).
+        with_end: whether the product saves SiLU's pass over twice its outputs.
     """
     depth = _DEPTH.value
     # With many rows, large tiles, which read them less often, if all run at a time with a processor each.

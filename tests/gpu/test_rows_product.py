@@ -100,7 +100,7 @@ def test_gate_and_up(F: int, rows: int, entries: int, S: int, dtype: torch.dtype
 
 
 @pytest.mark.parametrize(("dtype", "pdl"), WAYS)
-@pytest.mark.parametrize("S", [9, 40, 64, 128])
+@pytest.mark.parametrize("S", [9, 40, 64])
 @pytest.mark.parametrize(("rows", "entries"), PAIRS)
 @pytest.mark.parametrize(("H", "K", "E"), [(4, 4, 128), (8, 4, 64), (6, 2, 128)])
 def test_queries_keys_and_values(
