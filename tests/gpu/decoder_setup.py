@@ -17,10 +17,12 @@ from tpserve.model.quantized import quantize
 from tpserve.model.rope import rope_table
 
 ROWS, MAX_LEN, BLOCK = 72, 320, 16
-# The second has shapes that no tile divides: feed-forward 344 (176 and 168 on two ranks) and 515 tokens.
+# The second has shapes that no tile divides: feed-forward 344 (176 and 168 on two ranks) and 515 tokens. The third's
+# products of tens of rows are `rows_product.py`'s.
 SHAPES = {
     "wide": ModelArgs(512, 2, 4, 4, 512, 1024),
     "odd": ModelArgs(256, 3, 8, 2, 515, 344),
+    "7B": ModelArgs(4096, 1, 32, 32, 512, 11008),
 }
 
 

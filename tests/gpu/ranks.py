@@ -156,6 +156,11 @@ def main() -> None:
     soak(deep, tp, exchanges, few(deep))
     soak(deep, tp, exchanges, [deep.batch(n, seed=n) for n in (66, 72, 67)])  # by `row_exchange.py`
     deep.decoder.close()
+    real = Setup(dataclasses.replace(SHAPES["7B"], n_layers=4), tp, [16, 32])
+    for bucket in real.decoder.buckets:
+        real.decoder.capture(bucket)
+    soak(real, tp, exchanges, [real.batch(n, seed=n) for n in (13, 32, 9)])  # of parts, by `WordExchange.push_matrix`
+    real.decoder.close()
     dist.barrier()
     dist.destroy_process_group()
 
