@@ -57,8 +57,10 @@ class Setup:
         from tpserve.model.kernels.row_exchange import RowExchange  # these need Triton
         from tpserve.model.share_exchange import ShareExchange
 
-        kinds = ((RowExchange, 1024), (ShareExchange, 4096))
-        self.exchanges = tuple(kind.make(tp, rows, args.dim, torch.bfloat16, device) for kind, rows in kinds)
+        self.exchanges: tuple[RowExchange | None, ShareExchange | None] = (
+            RowExchange.make(tp, 1024, args.dim, torch.bfloat16, device),
+            ShareExchange.make(tp, 4096, args.dim, torch.bfloat16, device),
+        )
         self.decoder = FusedDecoder(
             model, self.cache, tp, self.tokens_RL, self.tables_RB, max_num_seqs=ROWS, buckets=buckets
         )  # fmt: skip

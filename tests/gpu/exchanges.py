@@ -42,7 +42,7 @@ def by_words(tp: TensorParallel, device: torch.device) -> Round:
         normed = Normed(residual, gain.new_zeros(rows, DIM), sums, 1e-5)
         expected = torch.zeros_like(residual)
         for index in range(2):
-            exchange.push_matrix(numbers(tp.rank, 2 * number + index, rows, device), index)
+            exchange.push_matrix(numbers(tp.rank, 2 * number + index, rows, device), index, pdl=index == 1)
             exchange.add(normed, gain, rows, index, 1, pdl=index == 1)
             expected += sum(numbers(rank, 2 * number + index, rows, device).float() for rank in range(tp.size))
         return (residual != expected).sum()

@@ -128,10 +128,11 @@ def test_items_are_every_key_once_the_longest_sequences_first(
     for i, item in enumerate(items[without:]):
         sequences.setdefault(item[0], []).append([without + i, *item[1:7]])
     assert [lens[s] for s in sequences] == sorted(lens, reverse=True)
+    expected = rows.tolist()
     for s, parts in sequences.items():
         at = 0
         for index, row, start, end, length, splits, first in parts:
-            assert (row, start, length, splits, first) == (rows[s], at, lens[s], len(parts), parts[0][0])
+            assert (row, start, length, splits, first) == (expected[s], at, lens[s], len(parts), parts[0][0])
             assert index == first + parts.index([index, row, start, end, length, splits, first])
             assert end > start or (lens[s], splits) == (0, 1)
             at = end

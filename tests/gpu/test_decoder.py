@@ -14,6 +14,7 @@ from tests.gpu.conftest import SEED
 from tests.gpu.decoder_setup import BLOCK, SHAPES, Setup, check_captures, check_logits
 from tpserve.model.args import ModelArgs
 from tpserve.model.decoder import FusedDecoder, default_buckets
+from tpserve.model.llama import TransformerBlock
 from tpserve.model.parallel import TensorParallel
 
 pytestmark = [
@@ -124,6 +125,7 @@ def test_the_same_bits_in_every_replay_and_beside_any_others() -> None:
 def test_the_modules_keep_views_of_the_joined_weights() -> None:
     setup = one_rank("wide", [1])
     block = setup.model.layers[0]
+    assert isinstance(block, TransformerBlock)
     pieces = [block.attention.wq, block.attention.wk, block.attention.wv]
     assert len({piece.weight.untyped_storage().data_ptr() for piece in pieces}) == 1
     assert block.feed_forward.w1.weight.untyped_storage().data_ptr() == (

@@ -12,7 +12,7 @@ from torch import nn
 from tests.gpu.test_network import BLOCK, BLOCKS, MAX_LEN, ROWS, STEPS, Driver, llama
 from tpserve.model.fused_network import FusedNetwork
 from tpserve.model.kv_cache import PagedKVCache
-from tpserve.model.llama import Llama
+from tpserve.model.llama import Llama, TransformerBlock
 from tpserve.model.network import PlainNetwork
 from tpserve.model.parallel import TensorParallel
 from tpserve.model.quantized import Float8Linear, Int4Linear, Int8Linear, quantize
@@ -110,8 +110,10 @@ def widened(model: Llama, scheme: str) -> Llama:
     exact = copy.deepcopy(model)
     quantize(exact, scheme)
     for block in exact.layers:
+        assert isinstance(block, TransformerBlock)
         for part in (block.attention, block.feed_forward):
             for name, layer in list(part.named_children()):
+                assert isinstance(layer, (Int8Linear, Float8Linear, Int4Linear))
                 weight = layer.dequantized()
                 plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
                 plain.weight = nn.Parameter(weight, requires_grad=False)

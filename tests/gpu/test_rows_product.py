@@ -88,11 +88,11 @@ def test_gate_and_up(F: int, rows: int, entries: int, S: int, dtype: torch.dtype
     w = (torch.randn(2 * F, 64 * 41, device="cuda") / 50).to(dtype)
     out = torch.full((S + 1, F), 7.0, device="cuda", dtype=dtype)
     lacks_nothing = divided.to(dtype)
-    for rows_SK, given, exact in (
-        (x.x_SD[:S], (x, parts), divided),
-        (lacks_nothing, (None, 0), lacks_nothing.double()),
+    for rows_SK, norm, of_parts, exact in (
+        (x.x_SD[:S], x, parts, divided),
+        (lacks_nothing, None, 0, lacks_nothing.double()),
     ):
-        gate_up(rows_SK, w, out[:S], *given, RowsTile(rows, 1, entries), pdl=pdl)
+        gate_up(rows_SK, w, out[:S], norm, of_parts, RowsTile(rows, 1, entries), pdl=pdl)
         gate, up = (exact @ w.double().T).split(F, 1)
         expected = gate / (1 + (-gate).exp()) * up
         assert ((out[:S].double() - expected).norm() / expected.norm()).item() < 4e-3
@@ -113,14 +113,14 @@ def test_queries_keys_and_values(
     x, divided, parts = normed(S, D, dtype)
     w = torch.randn((H + 2 * K) * E, D, device="cuda").to(dtype)
     q = torch.full((S + 1, H, E), 7.0, device="cuda", dtype=dtype)
-    caches = [torch.full((slots, K, E), 7.0, device="cuda", dtype=dtype) for _ in range(2)]
+    keys, values = (torch.full((slots, K, E), 7.0, device="cuda", dtype=dtype) for _ in range(2))
     rope = torch.randn(longest, E // 2, 2, device="cuda")
     positions = torch.randint(longest, (S + 2,), device="cuda")
     slot = torch.randperm(slots, device="cuda")[: S + 2]
     positions[3], slot[3] = -1, -1  # padding
     tile = RowsTile(rows, 1, entries)
-    assert fits_qkv(tile, q, caches[0])
-    qkv(x.x_SD[:S], w, q[:S], *caches, rope, positions, slot, x, parts, tile, pdl=pdl)
+    assert fits_qkv(tile, q, keys)
+    qkv(x.x_SD[:S], w, q[:S], keys, values, rope, positions, slot, x, parts, tile, pdl=pdl)
 
     expected = (divided @ w.double().T).view(S, H + 2 * K, E)
     turned = torch.view_as_complex(expected.unflatten(2, (-1, 2)).contiguous())
@@ -129,11 +129,11 @@ def test_queries_keys_and_values(
     there = positions[:S] >= 0
     for result, wanted in (
         (q[:S][there], turned[there, :H]),
-        (caches[0][slot[:S][there]], turned[there, H : H + K]),
-        (caches[1][slot[:S][there]], expected[there, H + K :]),
+        (keys[slot[:S][there]], turned[there, H : H + K]),
+        (values[slot[:S][there]], expected[there, H + K :]),
     ):
         assert ((result.double() - wanted).norm() / wanted.norm()).item() < 4e-3
     assert (q[S] == 7).all()
-    for cache in caches:
+    for cache in (keys, values):
         written = (cache != 7).flatten(1).any(1).nonzero().flatten()
         assert written.tolist() == sorted(slot[:S][there].tolist())

@@ -48,7 +48,7 @@ def random_weights(
     hidden = -(-hidden // multiple) * multiple
 
     def matrix(rows: int, columns: int) -> Tensor:
-        return (torch.randn(rows, columns, generator=generator) * columns**-0.5).to(dtype)
+        return torch.randn(rows, columns, generator=generator).mul(columns**-0.5).to(dtype)
 
     def norm() -> Tensor:
         return (1 + 0.1 * torch.randn(dim, generator=generator)).to(dtype)
