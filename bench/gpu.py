@@ -103,13 +103,15 @@ def measure(
         options: keys of the engine's configuration, and sampling fields.
         ceilings: of one of the devices, as just measured; None: no rooflines.
     """
+    known = _kernels_on_disk()
     engine = Engine(what.model, what.tp, dtype, **options)
+    compiled = _kernels_on_disk() - known
     try:
         rows = [latency(engine, b, p, new) for b in what.batches for p in what.prompts]
         rows += [throughput(engine, n, 512, 256) for n in what.requests]
     finally:
         engine.close()
-    rows.append({"kind": "start", "batch": 1, "in": 8, "out": 1, "start_s": engine.start_s})
+    rows.append({"kind": "start", "batch": 1, "in": 8, "out": 1, "start_s": engine.start_s, "compiled": compiled})
     itemsize = getattr(torch, dtype).itemsize
     for row in rows:
         row |= {"model": what.model, "tp": what.tp}
@@ -122,6 +124,13 @@ def measure(
         row["goals"] = goals
         row["missed"] = [name for name, goal in goals.items() if not _reached(name, row[name], goal)]
     return rows
+
+
+def _kernels_on_disk() -> int:
+    """In Triton's cache, a folder each: what a start finds there it does not compile."""
+    home = Path(os.environ.get("TRITON_HOME") or Path.home())
+    folder = Path(os.environ.get("TRITON_CACHE_DIR") or home / ".triton" / "cache")
+    return len(list(folder.iterdir())) if folder.is_dir() else 0
 
 
 def _reached(name: str, value: float, goal: float) -> bool:
@@ -191,7 +200,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         line = f"{row['model']:6}{row['tp']:>3} {row['kind']:6}{row['batch']:>6}{row['in']:>6}"
         if row["kind"] == "start":
-            line += f"{row['start_s']:>9.1f} s from the start to the first token"
+            line += f"{row['start_s']:>9.1f} s from the start to the first token, {row['compiled']} kernels compiled"
         else:
             share = f"{row['floor_ms'] / row['step_ms']:>9.0%}" if row["kind"] == "lat" else f"{'':9}"
             line += f"{row['ttft_ms']:>9.2f}{row['step_ms']:>9.3f}{share}{row['tokens_per_s']:>10.0f}"
