@@ -1,7 +1,7 @@
 """The kernels of one decode step, from the tokens' ids to the logits, on buffers of their own.
 
-Few sequences (up to `linear.MAX_ROWS`) go through kernels that stream the weights; more through `rows_product.py` or
-cuBLAS, with kernels in between. Over several ranks sums and logits are exchanged through each other's memory
+Few sequences (up to `linear.MAX_ROWS`) go through kernels that stream the weights; more through what
+`tens_of_rows.py` chooses. Over several ranks sums and logits are exchanged through each other's memory
 (`all_reduce.py`) while they are small, summed, added and normed a row at a time when they are larger
 (`row_exchange.py`), and go through NCCL where there is no such memory.
 

@@ -1,4 +1,4 @@
-"""A step of any mix of prefill and decode tokens on CUDA, launched kernel by kernel: nine launches a layer.
+"""A step of any mix of prefill and decode tokens on CUDA, launched kernel by kernel: nine a layer.
 
 The same network as `Llama.forward`, on the joined weights of `decode_step.fuse`: cuBLAS's products, and between them
 one kernel each for residual add and norm, rotation and cache write, SiLU · up; of few tokens, products that end with

@@ -31,8 +31,8 @@ def supports(device: torch.device, dtype: torch.dtype, n_heads: int, n_kv_heads:
 
 @functools.cache
 def has_gluon() -> bool:
-    """Whether `stream.py`, `prefill_hopper.py`, `decode_hopper.py` and `rows_product.py` compile: Gluon, in which they
-    are written, is still in motion from version to version."""
+    """Whether `stream.py`, `prefill_hopper.py`, `decode_hopper.py`, `rows_product.py` and `rows_pairs.py` compile:
+    Gluon, in which they are written, is still in motion from version to version."""
     try:
         version = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
