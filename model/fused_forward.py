@@ -16,7 +16,7 @@ import itertools
 import torch
 
 from tpserve.model.decode_step import FusedLayer
-from tpserve.model.kernels import pointwise
+from tpserve.model.kernels import pointwise, rows
 from tpserve.model.kernels.decode_plan import Cut, DecodeScratch, choose_cut, deal, decode_scratch, decode_variants
 from tpserve.model.kernels.mixed import MAX_MIXED_ROWS
 from tpserve.model.kernels.paged_attention import paged_decode_attention
@@ -26,7 +26,7 @@ from tpserve.model.kernels.row_exchange import RowExchange
 from tpserve.model.kv_cache import PagedKVCache
 from tpserve.model.llama import Llama
 from tpserve.model.parallel import TensorParallel
-from tpserve.model.residual import MIN_DEALT_ROWS, residual_stream
+from tpserve.model.residual import MIN_DEALT_ROWS, OverlappedResidual, residual_stream
 from tpserve.model.share_exchange import ShareExchange
 from tpserve.model.tens_of_rows import TensOfRows
 
@@ -105,13 +105,14 @@ class FusedForward:
         slots_T = self._tables_RB[rows_T, positions_T // size] * size + positions_T % size
         slots_T = torch.where(positions_T < 0, -1, slots_T)
         decode = self._plan(rows_T[decodes], positions_T[decodes]) if num_decodes else None
-        stream = residual_stream(
-            model, tokens_T, self._tp, self._layers[0].attention_norm_D, self._products, self._row_exchange,
-            self._share_exchange,
-        )  # fmt: skip
+        # In front of the embedding, which is launched normally: attention reads tiles while kernels in front still run.
         tiles = None if chunks is None else prefill_tiles(
             chunks.rows_P, chunks.starts_P1, chunks.contexts_P, len(tokens_T), self._heads, self._cache.k[0],
             model.output.weight.dtype, block_size=size,
+        )  # fmt: skip
+        stream = residual_stream(
+            model, tokens_T, self._tp, self._layers[0].attention_norm_D, self._products, self._row_exchange,
+            self._share_exchange,
         )  # fmt: skip
         gains = [layer.attention_norm_D for layer in self._layers[1:]] + [model.norm.weight]
         every = zip(self._layers, self._cache.k, self._cache.v, strict=True)
@@ -121,10 +122,12 @@ class FusedForward:
                 layer.attention_norm_D.new_empty(len(tokens_T), self._heads, self._head_dim) for _ in range(2)
             )  # fmt: skip
             where = (q_THE, k_cache, v_cache, model.rope_PC2, positions_T, slots_T)
-            if stream.whole is None:
+            if isinstance(stream, OverlappedResidual):
                 rope_and_write(stream.times(layer.wqkv_ND), *where)
             else:
-                self._products.qkv(stream.whole, layer.wqkv_ND, *where)
+                self._products.qkv(stream.x_TD, layer.wqkv_ND, *where)
+            if i == last and rows_N is not None and not len(rows_N):  # prompts that go on: keys and values were all
+                return q_THE.new_empty(0, model.args.vocab_size, dtype=torch.float32)
             if decode is not None:
                 paged_decode_attention(
                     q_THE[decodes], k_cache, v_cache, self._tables_RB, out_THE[decodes], *decode, block_size=size
@@ -137,10 +140,10 @@ class FusedForward:
                 out_THE, stream = out_THE[rows_N], stream.only(rows_N)
             stream.add(out_THE.flatten(1), layer.wo_DN, layer.ffn_norm_D)
             act_TF = out_THE.new_empty(len(out_THE), layer.w2_DF.shape[1])
-            if stream.whole is None:
+            if isinstance(stream, OverlappedResidual):
                 pointwise.silu_mul(stream.times(layer.w13_ND), act_TF)
             else:
-                self._products.gate_up(stream.whole, layer.w13_ND, act_TF)
+                self._products.gate_up(stream.x_TD, layer.w13_ND, act_TF)
             stream.add(act_TF, layer.w2_DF, gains[i])
         return model.gather(stream.logits(model.output.weight))
 
@@ -161,6 +164,10 @@ class FusedForward:
             chunks = Chunks(none[:1], none.new_full((2,), num_decodes), none[:1])
             asked_N = none[:1] if tokens > MIN_DEALT_ROWS else None
             self(none, none, torch.full_like(none, -1), num_decodes, chunks, asked_N, num_layers=2)
+        if self._share_exchange is not None:  # in steps that are too large for it, NCCL makes the sums
+            gain_D, eps = self._layers[0].ffn_norm_D, self._model.args.norm_eps
+            row_SD = gain_D.new_zeros(1, len(gain_D))
+            rows.add_norm(row_SD, row_SD.float(), gain_D, eps)
         compile_for_many(
             self._heads, self._cache.k[0], self._tables_RB, self._model.output.weight.dtype, self._cache.block_size,
             pdl=self._products.pdl,

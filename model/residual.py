@@ -31,7 +31,12 @@ class Residual:
         tp: this rank's place.
         gain_D: of the first norm.
         products: who makes them.
+
+    Attributes:
+        x_TD: the normed rows, but of `OverlappedResidual`.
     """
+
+    x_TD: torch.Tensor
 
     def __init__(
         self, model: Llama, tokens_T: torch.Tensor, tp: TensorParallel, gain_D: torch.Tensor, products: TensOfRows
@@ -41,27 +46,18 @@ class Residual:
         self._begin(gain_D)
 
     def _begin(self, gain_D: torch.Tensor) -> None:
-        self._x_TD = rows.add_norm(None, self._residual_TD, gain_D, self._eps, pdl=self._products.pdl)
-
-    @property
-    def whole(self) -> torch.Tensor | None:
-        """All normed rows; None: they come while they are multiplied."""
-        return self._x_TD
-
-    def times(self, w_ND: Matrix) -> torch.Tensor:
-        """The normed rows times wᵀ, [T, N]."""
-        return self._products.product(self._x_TD, w_ND)
+        self.x_TD = rows.add_norm(None, self._residual_TD, gain_D, self._eps, pdl=self._products.pdl)
 
     def logits(self, head_VD: torch.Tensor) -> torch.Tensor:
         """The normed rows times the head's wᵀ, float32 [T, V]."""
-        return head_product(self._x_TD, head_VD)
+        return head_product(self.x_TD, head_VD)
 
     def add(self, y_TN: torch.Tensor, w_DN: Matrix, gain_D: torch.Tensor) -> None:
         """Adds the sum over ranks of y · wᵀ, and makes the next norm."""
         sum_TD = self._products.product(y_TN, w_DN, in_parts=self._tp.size == 1)
         if self._tp.size > 1:
             self._tp.all_reduce(sum_TD)
-        self._x_TD = rows.add_norm(sum_TD, self._residual_TD, gain_D, self._eps, pdl=self._products.pdl)
+        self.x_TD = rows.add_norm(sum_TD, self._residual_TD, gain_D, self._eps, pdl=self._products.pdl)
 
     def only(self, rows_N: torch.Tensor) -> Residual:
         """Of some rows, before an `add`."""
@@ -91,7 +87,7 @@ class ExchangedResidual(Residual):
     def add(self, y_TN: torch.Tensor, w_DN: Matrix, gain_D: torch.Tensor) -> None:
         """See `Residual`."""
         self._products.product(y_TN, w_DN, self._exchange.partial_SD[: len(y_TN)])
-        self._x_TD = self._exchange.add_norm(self._residual_TD, gain_D, self._eps, len(y_TN))
+        self.x_TD = self._exchange.add_norm(self._residual_TD, gain_D, self._eps, len(y_TN))
 
     def only(self, rows_N: torch.Tensor) -> Residual:
         """See `Residual`."""
@@ -139,12 +135,12 @@ class DealtResidual(Residual):
     def _gather(self, x_SD: torch.Tensor) -> None:
         x_TD = x_SD.new_empty(len(x_SD) * self._tp.size, x_SD.shape[1])
         all_gather(x_TD, x_SD, group=self._tp.group)
-        self._x_TD = x_TD[: self._num_rows]
+        self.x_TD = x_TD[: self._num_rows]
 
 
 class OverlappedResidual(DealtResidual):
-    """Dealt, and moved by `ShareExchange` while products are made: rows of another rank are multiplied as they come,
-    and rows for another rank leave as soon as they are made."""
+    """Dealt, and moved by `ShareExchange` while products are made: rows of another rank are multiplied as they come
+    (`times`), and rows for another rank leave as soon as they are made."""
 
     def __init__(
         self, model: Llama, tokens_T: torch.Tensor, tp: TensorParallel, gain_D: torch.Tensor, products: TensOfRows,
@@ -153,17 +149,12 @@ class OverlappedResidual(DealtResidual):
         self._exchange = exchange
         super().__init__(model, tokens_T, tp, gain_D, products)
 
-    @property
-    def whole(self) -> None:
-        """See `Residual`."""
-        return None
-
     def _begin(self, gain_D: torch.Tensor) -> None:
         x_SD = self._exchange.own(self._share)
         rows.add_norm(None, self._residual_TD, gain_D, self._eps, x_SD)
 
     def times(self, w_ND: Matrix) -> torch.Tensor:
-        """See `Residual`."""
+        """The normed rows times wᵀ, [T, N]."""
         return self._exchange.times(w_ND, self._share, self._num_rows)
 
     def logits(self, head_VD: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Products of steps of more rows than `kernels/linear.py` takes, and what follows them: each by what is fastest.
 
-Up to some tens of rows on one Hopper GPU: kernels that read the weights as fast as memory gives them, and end with
+Up to some tens of rows on Hopper GPUs: kernels that read the weights as fast as memory gives them, and end with
 what follows (`rows_product.py`, `rows_pairs.py`). Otherwise cuBLAS, and a kernel of its own for that.
 
 Shape suffixes: S rows of the step, K and N as in y[S, N] = x[S, K] @ w[N, K]ᵀ, P parts of a sum, H query and K

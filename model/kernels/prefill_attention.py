@@ -163,6 +163,7 @@ def compile_for_many(
             tiles = prefill_tiles(
                 none[:P], none, none[:P], 1, q_heads, k_cache, dtype, block_size=block_size, hopper_rows=rows
             )
+            out_THE.zero_()  # stands between, see there
             paged_prefill_attention(q_THE, k_cache, k_cache, tables_RB, tiles, out_THE, block_size=block_size, pdl=pdl)
 
 
@@ -224,8 +225,8 @@ def paged_prefill_attention(
         tables_RB: int32 or int64 block tables.
         tiles: from `prefill_tiles`, for this many tokens and heads.
         out_THE: written at the sequences' tokens.
-        pdl: programmatic dependent launch, where a step is small: the tiles must have been made before the kernel in
-            front of this began.
+        pdl: programmatic dependent launch, where a step is small. Tiles are read before any wait: a kernel that is
+            launched normally must stand between the one that made them and this.
     """
     if tiles.hopper:
         from tpserve.model.kernels import prefill_hopper  # Gluon is not in every Triton

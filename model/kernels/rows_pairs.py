@@ -109,7 +109,8 @@ def _angles(rope_ptr, positions_ptr, first, there, rotates, E: gl.constexpr, BN:
     return gl.load(angle, mask=mask, other=1.0), gl.load(angle + 1, mask=mask, other=0.0)
 
 
-@gluon.jit(do_not_specialize=["num_rows"])
+# Positions may be a slice of what came from the host, of any alignment.
+@gluon.jit(do_not_specialize=["positions_ptr", "slots_ptr", "num_rows"])
 def _qkv_kernel(
     even_desc, odd_desc, x_desc, sums_ptr, q_ptr, k_ptr, v_ptr, rope_ptr, positions_ptr, slots_ptr, num_rows,
     D: gl.constexpr, H: gl.constexpr, KV: gl.constexpr, E: gl.constexpr, P: gl.constexpr, EPS: gl.constexpr,

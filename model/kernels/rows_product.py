@@ -87,7 +87,7 @@ def choose_rows_tile(
 
 def _suits(S: int, saves: bool) -> bool:
     """Above 64, 128 rows are computed of any number: that pays where it is not many more, and something is saved."""
-    return S <= MAX_ROWS or (saves and _FEWEST_OF_MANY <= S <= MOST_ROWS)
+    return 0 < S <= MAX_ROWS or (saves and _FEWEST_OF_MANY <= S <= MOST_ROWS)
 
 
 def padded(S: int) -> int:

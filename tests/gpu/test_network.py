@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -79,8 +82,9 @@ class Driver:
         return pieces
 
     @torch.inference_mode()
-    def step(self, parts: list[tuple[int, int, int]]) -> torch.Tensor:
-        """Parts are (row, first position, tokens), those of one token first; the logits of each one's last token."""
+    def step(self, parts: list[tuple[int, int, int]], asked: bool = True) -> torch.Tensor:
+        """Parts are (row, first position, tokens), those of one token first; the logits of each one's last token, or
+        of none. As the engine's arrays, these lie one behind the other."""
         rows = [row for row, _, n in parts for _ in range(n)]
         positions = [p for _, start, n in parts for p in range(start, start + n)]
         decodes = [start + 1 for _, start, n in parts if n == 1]
@@ -89,16 +93,20 @@ class Driver:
         for _, _, n in others:
             begins.append(begins[-1] + n)
         last = [sum(n for _, _, n in parts[: i + 1]) - 1 for i in range(len(parts))]
-        chunks = [[*(row for row, _, _ in others), 0], begins, [*(start for _, start, _ in others), 0]]
+        chunks = [*(row for row, _, _ in others), 0, *begins, *(start for _, start, _ in others), 0]
         self.tokens.copy_(self._given)  # some steps draw
+        arrays = (rows, positions, chunks, last if asked else [])
+        sent = torch.tensor(list(itertools.chain(*arrays)), device="cuda").split_with_sizes(
+            [len(array) for array in arrays]
+        )
         return self.network(
             StepInputs(
-                torch.tensor(rows, device="cuda"),
-                torch.tensor(positions, device="cuda"),
+                sent[0],
+                sent[1],
                 decodes,
                 [SequenceSlice(start, n) for _, start, n in others],
-                torch.tensor(chunks, device="cuda") if others else None,
-                torch.tensor(last, device="cuda") if others else None,
+                sent[2].view(3, -1) if others else None,
+                sent[3] if others else None,
             )
         ).clone()
 
@@ -146,6 +154,51 @@ def test_in_float32_fused_is_plain(dim: int, heads: int, kv_heads: int) -> None:
         expected, got = plain.step(parts), fused.step(parts)
         assert ((got - expected).norm() / expected.norm()).item() < 1e-5, parts
         assert (got - expected).abs().max() < 1e-4 * expected.abs().max(), parts
+
+
+@pytest.mark.usefixtures("_hopper_rows")
+@pytest.mark.parametrize(("dim", "heads", "kv_heads"), SHAPES)
+def test_prompts_that_go_on_ask_for_nothing(dim: int, heads: int, kv_heads: int) -> None:
+    """But what they leave in the cache is what the rest of them needs. By graphs, and too many for those."""
+    model = llama(dim, heads, kv_heads)
+    whole, cut = (Driver(model, torch.float32, fused) for fused in (False, True))
+    for prompts in (3, 20):
+        expected = whole.step([(row, 0, 90) for row in range(prompts)])
+        assert cut.step([(row, 0, 60) for row in range(prompts)], asked=False).shape == (0, 1000)
+        got = cut.step([(row, 60, 30) for row in range(prompts)])
+        assert ((got - expected).norm() / expected.norm()).item() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_of_tens_of_rows_are_ours_at_a_real_width(dtype: torch.dtype) -> None:
+    """What the last of the shapes is for; also of a step that asks for nothing."""
+    from tpserve.model.kernels import has_gluon
+
+    if not has_gluon():
+        pytest.skip("they are written in Gluon")
+    from tpserve.model.kernels import rows_pairs, rows_product
+
+    driver = Driver(llama(*SHAPES[-1]), dtype, True, graphs=False)
+    launched: list[str] = []
+
+    def noting(name: str, function: Callable[..., None]) -> Callable[..., None]:
+        def launch(*args: Any, **named: Any) -> None:
+            launched.append(name)
+            function(*args, **named)
+
+        return launch
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in ((rows_pairs, "qkv"), (rows_pairs, "gate_up"), (rows_product, "rows_product")):
+            patch.setattr(module, name, noting(name, getattr(module, name)))
+        for parts, asked, expected in (
+            ([(row, 5, 1) for row in range(30)], True, [3, 3, 6]),
+            ([(row, 0, 2) for row in range(20)], True, [3, 3, 6]),
+            ([(row, 0, 2) for row in range(20)], False, [3, 2, 4]),
+        ):
+            launched.clear()
+            driver.step(parts, asked)
+            assert [launched.count(name) for name in ("qkv", "gate_up", "rows_product")] == expected
 
 
 @pytest.mark.parametrize(("dim", "heads", "kv_heads"), SHAPES[1:])
@@ -200,6 +253,7 @@ def test_nothing_is_compiled_while_serving(
             parts = [(row, 50, 1) for row in range(others)]
             driver.step([*parts, (37, 0, tokens + 1)])
             driver.step([*parts, (37, 0, tokens + 1), (38, 3, tokens + 2)])
+            driver.step([*parts, (37, 0, tokens + 1)], asked=False)
             driver.step([*parts, (39, 0, 1)])
     for prompts in (3, 16, 17, 30):
         driver.step([(row, 0, 40) for row in range(prompts)])

@@ -45,11 +45,13 @@ def test_chosen_tiles_fit(S: int) -> None:
     from tpserve.model.kernels.rows_product import choose_rows_tile, rows_product
 
     processors = torch.cuda.get_device_properties().multi_processor_count
+    chosen = 0
     for N, K in ((12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008), (2560, 8192), (5120, 5120)):
         for in_parts, with_end in ((False, False), (True, False), (False, True)):
             tile = choose_rows_tile(S, N, K, processors, in_parts=in_parts, with_end=with_end)
             if tile is None:
                 continue
+            chosen += 1
             assert tile.parts == 1 or in_parts
             x, w = (torch.randn(n, K, device="cuda", dtype=torch.bfloat16) for n in (S, N))
             shape = (tile.parts, S, N) if tile.parts > 1 else (S, N)
@@ -58,6 +60,7 @@ def test_chosen_tiles_fit(S: int) -> None:
             expected = x.float() @ w.float().T
             result = out.float().sum(0) if tile.parts > 1 else out.float()
             assert ((result - expected).norm() / expected.norm()).item() < 4e-3
+    assert chosen >= (4 if S > 64 else 8)
 
 
 def normed(S: int, D: int, dtype: torch.dtype) -> tuple[Any, torch.Tensor, int]:
