@@ -19,8 +19,9 @@ from tpserve.model.args import ModelArgs
 from tpserve.model.llama import Llama
 from tpserve.model.plan import chunk_bounds, shares
 
-# torch 2.13 gave it this name and deprecated the old one, which 2.11 has.
+# torch 2.13 gave them these names and deprecated the old ones, which 2.11 has.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 T = TypeVar("T")
 

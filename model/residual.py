@@ -7,7 +7,6 @@ rows that this rank keeps.
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 
 from tpserve.model.head import head_product
 from tpserve.model.kernels import rows
@@ -15,7 +14,7 @@ from tpserve.model.kernels.mixed import matmul
 from tpserve.model.kernels.row_exchange import RowExchange
 from tpserve.model.llama import Llama
 from tpserve.model.matrix import Matrix
-from tpserve.model.parallel import TensorParallel, all_gather
+from tpserve.model.parallel import TensorParallel, all_gather, reduce_scatter
 from tpserve.model.share_exchange import ShareExchange
 from tpserve.model.tens_of_rows import TensOfRows
 
@@ -124,7 +123,7 @@ class DealtResidual(Residual):
         partial = y_TN.new_empty(self._share * self._tp.size, w_DN.shape[0])
         matmul(y_TN, w_DN, partial[: self._num_rows])
         sum_SD = y_TN.new_empty(self._share, w_DN.shape[0])
-        dist.reduce_scatter_tensor(sum_SD, partial, group=self._tp.group)
+        reduce_scatter(sum_SD, partial, group=self._tp.group)
         self._gather(rows.add_norm(sum_SD, self._residual_TD, gain_D, self._eps))
 
     def only(self, rows_N: torch.Tensor) -> Residual:

@@ -1,16 +1,17 @@
-"""Which variants of the kernels a step launches: those of a step of two layers are those of all.
+"""Which variants of the kernels a step launches: those that were compiled at the start.
 
-What is compiled at the start is found by steps of two layers (`FusedNetwork.warm_up`). A variant that only a later
-layer has would be compiled while somebody waits. Triton and the exchanges between ranks are stand-ins: kernels note
-what would make Triton compile, and compute nothing.
+They are found by steps of two layers (`FusedNetwork.warm_up`). A variant that only a later layer has, or another number
+of tokens, or arrays that lie otherwise, would be compiled while somebody waits. Triton and the exchanges between ranks
+are stand-ins: kernels note what would make Triton compile, and compute nothing.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -60,6 +61,26 @@ class Kernel:
         return str(value)
 
 
+@dataclasses.dataclass(frozen=True)
+class Descriptor:
+    """As Gluon's, of which a kernel has a variant for each type and block."""
+
+    base: torch.Tensor
+    shape: Sequence[int]
+    strides: Sequence[int]
+    block_shape: Sequence[int]
+    layout: object
+
+    def __post_init__(self) -> None:
+        assert all(n > 0 for n in self.shape), "shape must be positive"
+        assert self.base.data_ptr() % 16 == 0
+        assert self.strides[0] * self.base.element_size() % 16 == 0
+        assert self.strides[-1] == 1
+
+    def __str__(self) -> str:
+        return f"{self.base.dtype} {self.block_shape}"
+
+
 class _Stub(ModuleType):
     """A module that has everything."""
 
@@ -80,20 +101,29 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[Variant]]:
         return Kernel(function, [], found)
 
     ours = ("tpserve.model.kernels.", "tpserve.model.decode_step", "tpserve.model.fused_", "tpserve.model.residual",
-            "tpserve.model.share_exchange", "triton")  # fmt: skip
+            "tpserve.model.share_exchange", "tpserve.model.tens_of_rows", "triton")  # fmt: skip
     for name in [name for name in sys.modules if name.startswith(ours)]:
         parent, _, child = name.rpartition(".")
         if parent in sys.modules:
             monkeypatch.delattr(sys.modules[parent], child, raising=False)
         monkeypatch.delitem(sys.modules, name)
-    for name in ("triton", "triton.language", "triton.language.extra", "triton.language.extra.cuda"):
+    gluon = "triton.experimental.gluon"
+    for name in ("triton", "triton.language", "triton.language.extra", "triton.language.extra.cuda",
+                 "triton.experimental", gluon, f"{gluon}.language", f"{gluon}.language.nvidia",
+                 f"{gluon}.language.nvidia.hopper", f"{gluon}.nvidia", f"{gluon}.nvidia.hopper"):  # fmt: skip
         monkeypatch.setitem(sys.modules, name, _Stub(name))
+        if "." in name:
+            parent, _, child = name.rpartition(".")
+            setattr(sys.modules[parent], child, sys.modules[name])
     triton: Any = sys.modules["triton"]
-    triton.jit, triton.language = jit, sys.modules["triton.language"]
+    triton.jit = triton.experimental.gluon.jit = jit
+    triton.experimental.gluon.language.constexpr = lambda value: SimpleNamespace(value=value)
+    triton.experimental.gluon.nvidia.hopper.TensorDescriptor = Descriptor
     triton.cdiv, triton.next_power_of_2 = lambda a, b: -(-a // b), lambda n: 1 << (n - 1).bit_length()
     triton.language.int32, triton.language.int64 = "int32", "int64"
     monkeypatch.setattr("tpserve.model.kernels.has_gluon", lambda: False)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
+    # As many as make products of this size worth their programs.
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=16))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda *args, **named: None)
     yield found
@@ -108,9 +138,15 @@ class Ways:
 
     Args:
         exchanges: whether sums go through the ranks' memory; otherwise through NCCL.
+        gluon: whether there are the products of tens of rows.
     """
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, size: int, exchanges: bool) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, size: int, exchanges: bool, gluon: bool
+    ) -> None:
+        monkeypatch.setattr("tpserve.model.kernels.mixed.matmul", _unmultiplied)
+        monkeypatch.setattr("tpserve.model.tens_of_rows.has_gluon", lambda: gluon)
+        monkeypatch.setattr("tpserve.model.tens_of_rows.is_hopper", lambda device: True)
         self._imported = {
             name: importlib.import_module(f"tpserve.model.{name}")
             for name in ("decode_step", "fused_forward", "residual", "kernels.all_reduce", "kernels.row_exchange")
@@ -121,6 +157,8 @@ class Ways:
                 module, "head_product", lambda x, w, out=None: (x if out is None else out).new_zeros(len(x), len(w))
             )
         monkeypatch.setattr(TensorParallel, "gather_vocabulary", lambda self, x, v: x.new_zeros(len(x), v))
+        for collective in ("all_gather", "reduce_scatter"):
+            monkeypatch.setattr(self._imported["residual"], collective, lambda *args, **named: None)
         rows = self._row_exchange(tp, dtype) if exchanges else None
         monkeypatch.setattr(self._imported["kernels.row_exchange"].RowExchange, "make", lambda *args: rows)
         monkeypatch.setattr(
@@ -137,7 +175,9 @@ class Ways:
         tokens_RL, tables_RB = (torch.zeros(ROWS, n, dtype=torch.int64) for n in (MAX_LEN, MAX_LEN // BLOCK))
         self.decode = steps.DecodeStep(model, cache, tp, tokens_RL, tables_RB, BATCHES)
         forward = self._imported["fused_forward"]
-        self.mixed = forward.FusedForward(model, self.decode.layers, cache, tp, tables_RB, rows, None)
+        shares: Any = _Shares(tp.size, dtype) if exchanges else None
+        self.mixed = forward.FusedForward(model, self.decode.layers, cache, tp, tables_RB, rows, shares)
+        self.mixed._products.pdl = self.decode._pdl = self.decode._products.pdl = True  # as on a GPU
         self.chunks = forward.Chunks
 
     def _row_exchange(self, tp: TensorParallel, dtype: torch.dtype) -> Any:
@@ -158,12 +198,38 @@ class Ways:
         return made
 
 
+def _unmultiplied(x: torch.Tensor, w: Any, out: torch.Tensor | None = None) -> torch.Tensor:
+    return x.new_empty(len(x), w.shape[0]) if out is None else out
+
+
+class _Shares:
+    """As `ShareExchange`, which some steps are too large for."""
+
+    def __init__(self, size: int, dtype: torch.dtype) -> None:
+        self._size, self._dtype = size, dtype
+
+    def fits(self, rows: int) -> bool:
+        return rows <= 1100
+
+    def own(self, share: int) -> torch.Tensor:
+        return torch.empty(share, ARGS.dim, dtype=self._dtype)
+
+    def times(self, w_ND: Any, share: int, num_rows: int) -> torch.Tensor:
+        return torch.empty(num_rows, w_ND.shape[0], dtype=w_ND.q.dtype)
+
+    def parts(self, y_TN: torch.Tensor, w_DN: Any, share: int) -> torch.Tensor:
+        return y_TN.new_empty(self._size, share, ARGS.dim)
+
+
+WAYS = [(1, False, False), (1, False, True), (2, False, True), (2, True, False), (2, True, True)]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("size", "exchanges"), [(1, False), (2, False), (2, True)])
+@pytest.mark.parametrize(("size", "exchanges", "gluon"), WAYS)
 def test_two_layers_launch_every_variant(
-    seen: set[Variant], monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, size: int, exchanges: bool
+    seen: set[Variant], monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, size: int, exchanges: bool, gluon: bool
 ) -> None:
-    ways = Ways(monkeypatch, dtype, size, exchanges)
+    ways = Ways(monkeypatch, dtype, size, exchanges, gluon)
 
     def variants(enqueue: Callable[..., object], *args: object) -> set[Variant]:
         seen.clear()
@@ -187,3 +253,33 @@ def test_two_layers_launch_every_variant(
         )  # fmt: skip
         assert len(every) > 4
         assert noted == every
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("size", "exchanges", "gluon"), WAYS)
+def test_mixed_steps_launch_what_was_compiled(
+    seen: set[Variant], monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, size: int, exchanges: bool, gluon: bool
+) -> None:
+    """Of any number of tokens, of sequences that decode and of prompts, and of rows that are asked for; arrays lie one
+    behind the other, so that some begin at odd places."""
+    ways = Ways(monkeypatch, dtype, size, exchanges, gluon)
+    ways.mixed.compile()
+    compiled, products = set(seen), 0
+    for tokens in (1, 8, 9, 16, 31, 64, 65, 70, 111, 112, 128, 129, 1024, 1025, 1099, 1100, 1101, 1500):
+        for decodes, prompts in ((0, 1), (1, 1), (7, 3), (30, 1), (3, 18)):
+            after = tokens - decodes
+            if after < prompts:
+                continue
+            sent = torch.zeros(3 * tokens + 3 * (prompts + 1) + 40, dtype=torch.int64)
+            rows_T, positions_T = sent[:tokens], sent[tokens : 2 * tokens].fill_(-1)
+            rows_P, starts_P1, contexts_P = sent[2 * tokens : 2 * tokens + 3 * (prompts + 1)].view(3, -1)
+            starts_P1[:] = decodes + torch.arange(prompts + 1) * (after // prompts)
+            chunks = ways.chunks(rows_P[:-1], starts_P1, contexts_P[:-1])
+            for asked in (0, 1, 7, 33):
+                seen.clear()
+                rows_N = sent[len(sent) - 40 :][: min(asked, tokens)]
+                with torch.no_grad():
+                    ways.mixed(rows_T.clone(), rows_T, positions_T, decodes, chunks, rows_N)
+                assert seen <= compiled, (tokens, decodes, prompts, asked)
+                products += any("rows_product" in name or "rows_pairs" in name for name, _ in seen)
+    assert bool(products) == (gluon and dtype == torch.bfloat16)
