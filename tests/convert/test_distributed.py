@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.convert.test_convert import assert_same, load_stock
+from tests.convert.reading import assert_same, load_stock
 from tests.convert.workers import load_as_dtensors, save_fairscale_shard
 from tests.helpers.ranks import run_ranks
 from tests.helpers.shards import TINY_PARAMS

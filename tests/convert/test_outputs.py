@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from tests.convert.test_convert import assert_same
+from tests.convert.reading import assert_same
 from tests.helpers.shards import cut, random_weights, write_fairscale_checkpoint
 from tpserve.cli.main import main
 from tpserve.convert import source_tensor, weights, write_hf, write_meta

@@ -11,7 +11,9 @@ import pytest
 
 from tests.helpers.groups import rank_group, with_
 from tests.helpers.local import LocalEngine
-from tests.helpers.plain import Answer, beam_search, log_softmax, process
+from tests.helpers.plain import log_softmax
+from tests.helpers.plain_beams import Answer, beam_search
+from tests.helpers.plain_sampling import process
 from tests.helpers.requests import Collected
 from tests.helpers.stories import EOS, VOCAB_SIZE, converted, plain_model, prompts
 from tpserve.engine.client import EngineClient

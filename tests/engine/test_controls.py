@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from tests.helpers.local import LocalEngine
-from tests.helpers.plain import Floats, Tally, check, log_softmax, seed_of
+from tests.helpers.plain import Floats, log_softmax
+from tests.helpers.plain_sampling import Tally, check, seed_of
 from tests.helpers.requests import Collected
 from tests.helpers.stories import EOS, VOCAB_SIZE, converted, plain_model, prompts
 from tpserve.engine.client import EngineClient

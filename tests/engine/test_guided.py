@@ -6,88 +6,23 @@ import copy
 import json
 import random
 import re
-import time
 import unicodedata
-from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 
-from tests.helpers.data import DEMO_CHECKPOINT, shared_data
+from tests.engine.guided_case import PERSON, VOCABULARIES, Case, load_case
 from tests.helpers.grammars import fits, random_regex, random_schema
-from tests.text.byte_level import llama3_model
-from tpserve.engine.errors import RequestError
-from tpserve.engine.guided import Grammars, Matcher
-from tpserve.engine.sampling_params import Guided
-from tpserve.engine.text.load import load_tokenizer
-from tpserve.engine.text.tokenizer import Tokenizer
-
-PADDING = 37  # rows of the logits beyond the tokenizer's ids
-VOCABULARIES = ["demo", "stories260K", "llama2", "llama3"]
-PERSON = {
-    "type": "object",
-    "properties": {"name": {"type": "string", "maxLength": 8}, "age": {"type": "integer", "minimum": 0, "maximum": 99}},
-    "required": ["name"],
-    "additionalProperties": False,
-}
-
-
-class Case:
-    """A tokenizer and its grammars."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
-        self.size = tokenizer.vocab_size + PADDING
-        self.grammars = Grammars(tokenizer, self.size)
-
-    def matcher(self, kind: Any, grammar: Any) -> Matcher:
-        return self.grammars.matcher(Guided(kind, grammar if isinstance(grammar, str) else json.dumps(grammar)))
-
-    def allowed(self, matcher: Matcher) -> list[int]:
-        words = np.full((self.size + 31) // 32, -1, dtype=np.int32)
-        matcher.fill_mask(words)
-        return [int(i) for i in np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little"))]
-
-    def walk(self, matcher: Matcher, rng: random.Random, limit: int = 600) -> list[int]:
-        """A random answer without its EOS."""
-        ids: list[int] = []
-        while not matcher.finished:
-            assert len(ids) < limit, self.tokenizer.decode(ids)
-            allowed = self.allowed(matcher)
-            eos = self.tokenizer.eos_id
-            token = eos if eos in allowed and rng.random() < 0.3 else rng.choice(allowed)
-            assert matcher.advance(token)
-            if token not in self.tokenizer.end_ids:
-                ids.append(token)
-        assert matcher.error is None
-        return ids
-
-    def takes(self, matcher: Matcher, text: str) -> bool:
-        """The tokenizer's own spelling of a text is an answer."""
-        ids = self.tokenizer.encode(text, bos=False, eos=False)
-        if self.tokenizer.decode(ids) != text:
-            return True  # this tokenizer normalises it: it has no spelling of its own
-        return all(matcher.advance(i) for i in ids) and matcher.advance(self.tokenizer.eos_id)
-
-
-def _load(name: str) -> Case:
-    if name == "demo":
-        return Case(load_tokenizer(DEMO_CHECKPOINT / "tokenizer.model"))
-    if name == "llama3":
-        return Case(load_tokenizer(llama3_model()))
-    file = {"stories260K": "stories260K/tokenizer.model", "llama2": "tokenizer/llama2_tokenizer.model"}[name]
-    return Case(load_tokenizer(Path(shared_data(file))))
+from tpserve.engine.guided import Grammars
 
 
 @pytest.fixture(scope="module", params=VOCABULARIES)
 def case(request: pytest.FixtureRequest) -> Case:
-    return _load(request.param)
+    return load_case(request.param)
 
 
 @pytest.fixture(scope="module")
 def demo() -> Case:
-    return _load("demo")
+    return load_case("demo")
 
 
 def test_json_of_random_schemas(case: Case) -> None:
@@ -260,112 +195,3 @@ def test_no_schema_is_an_object_and_the_empty_schema_any_value(demo: Case) -> No
     assert not demo.takes(demo.matcher("json", ""), "[1]")
     for anything in ("{}", "true"):
         assert demo.takes(demo.matcher("json", anything), "[1]")
-
-
-def test_white_space_is_bounded_even_where_the_schema_asks_for_more(demo: Case) -> None:
-    schema = {"type": "array", "items": {"type": "boolean"}, "minItems": 3, "maxItems": 3}
-    matcher, ids = demo.matcher("json", schema | {"x-guidance": {"whitespace_pattern": r"\s+"}}), list[int]()
-    while not matcher.finished:
-        allowed = demo.allowed(matcher)
-        spaces = [i for i in allowed if demo.tokenizer.decode([13, i])[-1:].isspace()]
-        ids.append(random.Random(len(ids)).choice(spaces or allowed))
-        assert matcher.advance(ids[-1])
-        assert len(ids) < 500
-    text = demo.tokenizer.decode(ids)
-    assert len(json.loads(text)) == 3
-    assert max(map(len, re.findall(r"\s+", text))) == 17
-    assert demo.takes(demo.matcher("json", PERSON), json.dumps({"name": "Eve", "age": 5}, indent=4))
-
-
-def test_a_grammar_that_becomes_too_complex_ends_with_its_reason(demo: Case) -> None:
-    schema = {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(1500)}}
-    matcher = demo.matcher("json", schema)
-    pieces = {text: i for i, (_, text, _) in enumerate(demo.tokenizer.pieces) if text}
-    byte = next(i for i, piece in enumerate(demo.tokenizer.pieces) if piece.data == b"{")
-    assert matcher.advance(pieces.get("{", byte))
-    assert matcher.finished
-    assert matcher.error is not None
-    assert demo.allowed(matcher) == [demo.tokenizer.eos_id]
-    matcher.rollback(1)
-
-
-@pytest.mark.parametrize(
-    ("kind", "grammar", "reason"),
-    [
-        ("json", "{", "Expecting property name"),
-        ("json", "[1]", "must be a JSON object"),
-        ("json", '{"type": "text"}', "Invalid type: text"),
-        ("json", '{"type": "object", "not": {}}', "not"),
-        ("json", '{"const": NaN}', "JSON compliant"),
-        ("json", '{"type": "integer", "minimum": 3, "maximum": 1}', "minimum"),
-        ("json", '{"$ref": "https://example.org/schema"}', "example.org"),
-        ("json", '{"$ref": "#"}', "no text"),
-        ("json", '{"const": "\\ud800"}', "escape"),
-        ("json", '{"type": "integer", "multipleOf": 1000003}', "multipleOf"),
-        ("json", '{"type": "number", "multipleOf": 1e-300}', "multipleOf"),
-        ("json", '{"items":' * 10_000 + "{}" + "}" * 10_000, "at most"),
-        ("json", '{"items":' * 2000 + "{}" + "}" * 2000, "nested deeper"),
-        ("json", '{"items":' * 200 + "{}" + "}" * 200, "nested 200 levels deep, 100 are"),
-        ("json", '{"const": "' + "a" * 10**6 + '"}', "at most"),
-        ("regex", "(a", "unclosed group"),
-        ("regex", "(" * 4000 + "a" + ")" * 4000, "invalid regex"),
-        ("regex", "a" * 10**6, "at most"),
-        ("regex", r"a\b", "lookarounds"),
-        ("regex", r"(a)\1", "backreferences"),
-        ("regex", r"[^\s\S]", "no text"),
-        ("regex", "\ud800", "surrogate"),
-        (
-            "json",
-            json.dumps({"allOf": [{"anyOf": [{"const": f"{i}{j}"} for j in range(9)]} for i in range(9)]}),
-            "complex",
-        ),
-        ("choice", "[]", "at least one"),
-        ("choice", '["a", 1]', "at least one"),
-        ("choice", "yes", "Expecting value"),
-        ("choice", '["\\udc00"]', "surrogate"),
-    ],
-)
-def test_broken_grammars_are_refused_with_a_reason(demo: Case, kind: Any, grammar: str, reason: str) -> None:
-    started = time.process_time()
-    with pytest.raises(RequestError, match=re.escape(reason)) as refused:
-        demo.grammars.check(Guided(kind, grammar))
-    assert time.process_time() - started < 1
-    assert refused.value.field == f"guided_{kind}"
-    assert len(str(refused.value)) < 500
-    assert "%llguidance" not in str(refused.value)
-
-
-@pytest.mark.parametrize(
-    ("kind", "grammar"),
-    [
-        ("regex", "(a*)" * 2000),
-        ("regex", "(((a{1000}){1000}){1000}){1000}"),
-        ("regex", r"(\w{50}|\p{L}{60}){50}"),
-        ("regex", "(.*a.{20}.*b.{20}|.*c.{30}){3}"),
-        ("regex", "a?" * 1500 + "a" * 1500),
-        ("json", '{"type": "string", "maxLength": 1000000000}'),
-        ("json", '{"type": "string", "pattern": "(.*a.{100}){20}"}'),
-        ("json", '{"type": "array", "minItems": 1000000}'),
-        ("json", json.dumps({"enum": [f"x{i}" for i in range(6000)]})),
-        ("choice", json.dumps([str(i) for i in range(8000)])),
-    ],
-)
-def test_bombs_are_refused_or_cost_little(case: Case, kind: Any, grammar: str) -> None:
-    started, rng = time.process_time(), random.Random(0)
-    try:
-        matcher = case.matcher(kind, grammar)
-    except RequestError:
-        pass
-    else:
-        for _ in range(30):
-            if matcher.finished:
-                break
-            assert matcher.advance(rng.choice(case.allowed(matcher)))
-    assert time.process_time() - started < 1
-
-
-def test_only_the_last_grammars_are_kept(demo: Case) -> None:
-    grammars = Grammars(demo.tokenizer, demo.size, cached=2)
-    for regex in ("a", "b", "a", "c"):
-        grammars.check(Guided("regex", regex))
-    assert [grammar for _, grammar in grammars._compiled] == ["a", "c"]

@@ -9,7 +9,7 @@ import torch
 
 from tests.helpers.groups import with_
 from tests.helpers.local import LocalEngine
-from tests.helpers.plain import Tally, check, decide
+from tests.helpers.plain_sampling import Tally, check, decide
 from tests.helpers.requests import Collected
 from tests.helpers.stories import EOS, converted, plain_model, prompts
 from tpserve.bench.streams import settled_heartbeat

@@ -1,6 +1,12 @@
-"""Templates that Hugging Face's models bring, and a tokenizer with control tokens beside text."""
+"""Templates that Hugging Face's models bring, a tokenizer with control tokens beside text, and messages."""
 
 from __future__ import annotations
+
+from typing import Any
+
+from tests.handler.fakes import tokenizer
+from tpserve.engine.text.chat_template import ChatTemplate
+from tpserve.engine.text.jinja_template import JinjaTemplate
 
 # Of meta-llama/Llama-2-7b-chat-hf, less the system prompt that it has itself.
 HF_LLAMA2 = """{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}
@@ -37,3 +43,19 @@ class ByteTokenizer:
 
     def show(self, ids: list[int]) -> str:
         return "".join(chr(i) if i < 256 else self.NAMES[i - 256] for i in ids)
+
+
+BYTES = ByteTokenizer()
+LLAMA2 = ChatTemplate.load("llama2", tokenizer())
+
+
+def message(role: str, content: Any, **more: Any) -> dict[str, Any]:
+    return {"role": role, "content": content, **more}
+
+
+def jinja(source: str, encoder: Any = BYTES) -> ChatTemplate:
+    return ChatTemplate("file", JinjaTemplate(source, encoder), encoder.max_piece_chars)
+
+
+USER = message("user", "once upon a time")
+CHAT = [message("system", "be a dog"), message("user", "one"), message("assistant", "two"), message("user", "three")]

@@ -18,7 +18,9 @@ from tpserve.handler.asgi import Front, make_app
 from tpserve.handler.front_config import FrontConfig
 from tpserve.handler.http_server import listen, make_server
 
-PREDICT = "/predictions/llama"
+PREDICT, CHAT, TEXT, TRITON = (
+    "/predictions/llama", "/v1/chat/completions", "/v1/completions", "/v2/models/llama/generate",
+)  # fmt: skip
 
 
 class Answer:

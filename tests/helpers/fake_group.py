@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import msgspec
+import pytest
 
 from tpserve.engine.client import EngineClient
 from tpserve.engine.config import EngineConfig
 from tpserve.engine.protocol import Event, Failed, Ready, Reply, RequestOutput
 from tpserve.engine.sampling_params import SamplingParams
+from tpserve.model.args import ModelArgs
+from tpserve.model.checkpoint import CheckpointInfo
 
+Make = Callable[..., EngineClient]
 READY = Ready(2, 8, 16, 64, "cpu")
 
 
@@ -98,3 +104,28 @@ def until(condition: Callable[[], Any]) -> None:
 
 def out(request_id: str, ids: list[int], finish: str | None = None, index: int = 0) -> RequestOutput:
     return RequestOutput(request_id, ids, finish_reason=finish, index=index)
+
+
+@contextlib.contextmanager
+def fake_clients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
+    """Makes started clients of fake groups; all are closed at the end."""
+    FakeGroup.all = []
+    monkeypatch.setattr("tpserve.engine.standby.RankGroup", FakeGroup)
+    monkeypatch.setattr(FakeGroup, "num_devices", 8)
+    CheckpointInfo(ModelArgs(32, 2, 4, 2, 90, 88), "float32").write(tmp_path)
+    with contextlib.ExitStack() as stack:
+
+        def client(**options: Any) -> EngineClient:
+            given = {"tensor_parallel_size": 2, "standby": False} | options
+            made = EngineClient(EngineConfig(checkpoint_dir=str(tmp_path), **given))
+            made.start()
+            stack.callback(made.close)
+            return made
+
+        yield client
+
+
+def counts(client: EngineClient) -> dict[str, float]:
+    """The client's metrics by their names."""
+    lines = [line for line in client.metrics.text().decode().splitlines() if not line.startswith("#")]
+    return {name.removeprefix("tpserve:"): float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}

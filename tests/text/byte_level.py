@@ -17,6 +17,12 @@ from tpserve.convert.llama3_ranks import BYTE_CHARS, LLAMA3_SPLIT, ranks_to_json
 WORDS = (
     "once upon a time there was the cat and a dog, it's 1234 years' \n\n  indented\tabababba café über 日本語 🦙 x=y+z;"
 )
+TEXTS = [
+    "", " ", "a", WORDS, "  two  spaces ", "tabs\t\tand\r\nlines\n\n\n  end", "1234567 12 3", "it's IT'S we'Ll o'clock",
+    "日本語のテキスト", "🦙🦙 \U0001f469\u200d\U0001f467", "e\u0301 ﷽ \u200d\ufeff", "x" * 300, " " * 200,
+    "!?...===>>>", "<s> </s> [INST]", "\x00\x7f",
+    "ab" * 40, "a<|eot_id|>b", "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n",
+]  # fmt: skip
 
 
 @functools.cache

@@ -12,7 +12,8 @@ from tokenizers import Tokenizer as Library
 from torch import Tensor
 
 from tests.helpers.foreign import hf_config, hf_weights, write_gguf, write_hf
-from tests.helpers.plain import PlainLlama, Tally, check, log_softmax
+from tests.helpers.plain import PlainLlama, log_softmax
+from tests.helpers.plain_sampling import Tally, check
 from tests.helpers.shards import random_weights
 from tests.text.byte_level import llama3_json, write_folder
 from tests.torchserve.conftest import running, written_config
