@@ -22,7 +22,7 @@ from tpserve.engine.sequence import Sequence
 from tpserve.engine.step import Candidate, StepPlan, StepResult
 from tpserve.model.attention import SequenceSlice
 from tpserve.model.kv_cache import PagedKVCache
-from tpserve.model.logits import process_logits, token_logprobs, top_logprobs
+from tpserve.model.logits import logprobs_of, process_logits, token_logprobs, top_logprobs
 from tpserve.model.network import Network, StepInputs
 
 
@@ -258,7 +258,7 @@ class ModelRunner:
             own = slice(None) if len(beams) == len(draws.seqs) else beams
             values, ids = top_logprobs(processed_NV[own], min(k, raw_NV.shape[1]))
             out["candidate_logprobs"], out["candidate_ids"] = values, ids
-            out["candidate_raw"] = raw_NV[own].log_softmax(dim=-1).gather(-1, ids)
+            out["candidate_raw"] = logprobs_of(raw_NV[own], ids)
 
 
 def _row(seq: Sequence) -> int:

@@ -19,7 +19,9 @@ from tpserve.engine.residency import Residency
 from tpserve.engine.sequence import Sequence
 from tpserve.engine.step import Progress, ScheduledSequence, StepPlan, StepResult
 
-MAX_PROMPT_LOGITS = 512  # prompt tokens of a step whose log-probabilities are computed
+# Rows of logits in a step beside one for each sequence: more would not fit beside the KV cache.
+MAX_PROMPT_LOGITS = 512  # of prompt tokens whose log-probabilities are asked for
+MAX_DRAFTS = 512
 
 
 def _is_no_decode(entry: ScheduledSequence) -> bool:
@@ -109,14 +111,15 @@ class Scheduler:
         return plan
 
     def _decode(self, plan: StepPlan) -> None:
-        spare = self._config.max_num_batched_tokens - len(self.running)  # for drafts
-        for seq in self.running.copy():
+        running = self.running.copy()
+        spare = min(self._config.max_num_batched_tokens - len(running), MAX_DRAFTS)
+        for i, seq in enumerate(running):
             start, num_tokens = seq.num_computed_tokens, len(seq.token_ids) + seq.num_pending
             if num_tokens - start != 1 or seq.children or num_tokens >= seq.max_tokens:
                 continue
             if seq.row is None:  # preempted for one before it, and so are all after it
                 break
-            drafts = self._guess(seq, spare) if self._config.num_speculative_tokens else []
+            drafts = self._guess(seq, spare // (len(running) - i)) if self._config.num_speculative_tokens else []
             steps = self._steps(seq, seq.max_tokens - num_tokens)
             n = self.residency.cover(seq, len(drafts) + steps, plan)
             if n == 0:
@@ -159,12 +162,12 @@ class Scheduler:
         """Plans the next chunk of a sequence; returns its tokens."""
         n = seq.num_uncomputed_tokens
         asks = seq.params.prompt_logprobs is not None and not seq.said
+        if asks:
+            n = min(n, MAX_PROMPT_LOGITS - plan.num_prompt_logits)
         if self._config.enable_chunked_prefill:
             n = min(n, budget)
-            if asks:  # a row of logits for each token: of long prompts they would not fit beside the KV cache
-                n = min(n, MAX_PROMPT_LOGITS - plan.num_prompt_logits)
-        elif n > budget and any(entry.num_query_tokens > 1 for entry in plan.entries):
-            n = 0
+        elif n > budget and any(entry.num_query_tokens > entry.num_draws for entry in plan.entries):
+            n = 0  # beside another prompt; drafts are none
         if n <= 0:
             return 0
         plan.num_prompt_logits += n if asks else 0

@@ -14,6 +14,8 @@ import torch
 
 from tpserve.model.philox import MASK_32
 
+_MAX_LOGITS = 1 << 23  # 32 MiB
+
 
 @dataclasses.dataclass(frozen=True)
 class Penalties:
@@ -172,7 +174,20 @@ def _completed(bad_words: BadWords, history_NL: torch.Tensor, position_N: torch.
 
 def token_logprobs(logits_NV: torch.Tensor, tokens_N: torch.Tensor) -> torch.Tensor:
     """Natural log-probability of each row's token under softmax of the unmodified logits; float32 [N]."""
-    return logits_NV.float().log_softmax(dim=-1).gather(-1, tokens_N[:, None]).squeeze(-1)
+    return logprobs_of(logits_NV, tokens_N[:, None]).squeeze(-1)
+
+
+def logprobs_of(logits_NV: torch.Tensor, token_NK: torch.Tensor) -> torch.Tensor:
+    """The same of several tokens of each row; float32 [N, K]."""
+    return torch.cat(
+        [logits_NV[rows].float().log_softmax(dim=-1).gather(-1, token_NK[rows]) for rows in _few_rows(logits_NV)]
+    )
+
+
+def _few_rows(logits_NV: torch.Tensor) -> list[slice]:
+    """Some at a time: what is made of logits on the way to log-probabilities takes six times their memory."""
+    some = max(1, _MAX_LOGITS // logits_NV.shape[1])
+    return [slice(first, first + some) for first in range(0, max(1, len(logits_NV)), some)]
 
 
 def top_logprobs(logits_NV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -185,12 +200,15 @@ def top_logprobs(logits_NV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.T
     Returns:
         (natural log-probabilities, float32 [N, k]; ids, int64 [N, k]), the most probable first; of equals the lower id.
     """
-    logits_NV = logits_NV.float()
+    token_NK = torch.cat([_top_tokens(logits_NV[rows].float(), k) for rows in _few_rows(logits_NV)])
+    return logprobs_of(logits_NV, token_NK), token_NK
+
+
+def _top_tokens(logits_NV: torch.Tensor, k: int) -> torch.Tensor:
     # topk promises no order among equals. So the search is for integers without equals: a float's bits, in the order of
     # the floats (below zero the bits after the sign count backwards), then the id, backwards.
     bits_NV = (logits_NV + 0.0).view(torch.int32)  # -0.0 + 0.0 is 0.0, whose equal it is
     order_NV = bits_NV ^ ((bits_NV >> 31) & 0x7FFFFFFF)
     backward_V = MASK_32 - torch.arange(logits_NV.shape[1], device=logits_NV.device)
     key_NK = ((order_NV.long() << 32) | backward_V).topk(k, dim=-1).values
-    token_NK = MASK_32 - (key_NK & MASK_32)
-    return logits_NV.log_softmax(dim=-1).gather(-1, token_NK), token_NK
+    return MASK_32 - (key_NK & MASK_32)

@@ -9,7 +9,7 @@ import pytest
 from tests.engine.scheduling import BLOCK, EOS, MAX_LEN, make_scheduler, make_sequence
 from tpserve.engine.block_pool import BlockPool
 from tpserve.engine.sampling_params import Guided, SamplingParams
-from tpserve.engine.scheduler import Scheduler
+from tpserve.engine.scheduler import MAX_DRAFTS, Scheduler
 from tpserve.engine.sequence import Sequence
 from tpserve.engine.step import StepResult
 
@@ -79,6 +79,49 @@ def test_prompts_whose_logprobs_are_asked_for_share_a_bound() -> None:
         [("r1", 288), ("r2", 224)],
         [("r2", 176)],
     ]
+
+
+def test_logprobs_of_a_prompt_come_in_chunks_whatever_prompts_do() -> None:
+    scheduler = make_scheduler(
+        blocks=1000, max_num_batched_tokens=2048, max_seq_len=2048, enable_chunked_prefill=False,
+        enable_prefix_caching=False,
+    )  # fmt: skip
+    for i, asked in enumerate((0, None)):
+        params = SamplingParams(max_new_tokens=1, prompt_logprobs=asked)
+        scheduler.add(Sequence(f"r{i}", [5] * 1200, params, max_seq_len=2048, eos_token_ids=(EOS,), key=(0, i)))
+    assert [run_step(scheduler) for _ in range(3)] == [[("r0", 512), ("r1", 1200)], [("r0", 512)], [("r0", 176)]]
+
+
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_a_prompt_that_is_not_cut_finds_its_step_beside_drafts(drafts: int) -> None:
+    scheduler = make_scheduler(
+        blocks=1000, max_num_batched_tokens=MAX_LEN, enable_chunked_prefill=False, num_speculative_tokens=drafts,
+        prompt_lookup_min=1,
+    )  # fmt: skip
+    ids = [*range(10), *range(10)]
+    scheduler.add(Sequence("short", ids, SamplingParams(), max_seq_len=MAX_LEN, eos_token_ids=(EOS,)))
+    assert run_step(scheduler) == [("short", 20)]
+    scheduler.add(make_sequence("long", MAX_LEN - 1, 1, arrival=2))
+    assert [(e.seq.request_id, e.num_query_tokens) for e in scheduler.schedule().entries] == [
+        ("short", 1 + drafts), ("long", MAX_LEN - 1),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("running", "each"), [(1, 16), (40, 12), (200, 2)])
+def test_drafts_share_a_bound(running: int, each: int) -> None:
+    """Each brings a row of logits."""
+    scheduler = make_scheduler(
+        blocks=5000, max_num_seqs=200, max_num_batched_tokens=8192, max_seq_len=100, num_speculative_tokens=16,
+        prompt_lookup_min=1, enable_prefix_caching=False,
+    )  # fmt: skip
+    ids = [*range(7, 27), *range(7, 27)]
+    for i in range(running):
+        scheduler.add(Sequence(f"r{i}", ids, SamplingParams(), max_seq_len=100, eos_token_ids=(EOS,), key=(0, i)))
+    run_step(scheduler)
+    lengths = [len(entry.drafts) for entry in scheduler.schedule().entries]
+    assert len(lengths) == running
+    assert min(lengths) >= each
+    assert sum(lengths) <= MAX_DRAFTS
 
 
 def test_priority_goes_before_arrival() -> None:

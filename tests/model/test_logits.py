@@ -197,3 +197,7 @@ def test_logprobs_are_of_the_softmax(seed: int, k: int, ties: bool) -> None:
     alone, alone_tokens = top_logprobs(logits[1:2], k)
     assert torch.equal(alone, values[1:2])
     assert torch.equal(alone_tokens, tokens[1:2])
+    with pytest.MonkeyPatch.context() as patch:  # a few rows at a time, as where there are many
+        patch.setattr("tpserve.model.logits._MAX_LOGITS", 3 * V)
+        assert all(torch.equal(a, b) for a, b in zip(top_logprobs(logits, k), (values, tokens), strict=True))
+        assert torch.equal(token_logprobs(logits, tokens[:, -1]), values[:, -1])
