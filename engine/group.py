@@ -21,6 +21,7 @@ from tpserve.engine.errors import ConfigError, MissingDevicesError
 from tpserve.engine.guided import Grammars
 from tpserve.engine.model_runner import ModelRunner
 from tpserve.engine.sampling_params import SamplingParams
+from tpserve.engine.scheduler import MAX_DRAFTS, MAX_PROMPT_LOGITS
 from tpserve.engine.self_test import Probe, check_steps, check_weights
 from tpserve.engine.sequence import Sequence
 from tpserve.engine.step import ScheduledSequence, StepPlan
@@ -34,6 +35,7 @@ from tpserve.model.parallel import TensorParallel, num_kv_heads
 from tpserve.model.quantized import quantize, weight_bytes
 
 _CPU_KV_CACHE_BYTES = 1 << 30
+_LOGITS_COPIES = 4  # float32: gathered, penalised, filtered
 
 logger = logging.getLogger(__name__)
 
@@ -219,17 +221,23 @@ def _num_blocks(config: EngineConfig, loaded: LoadedModel) -> int:
 
 
 def _free_cuda_bytes(config: EngineConfig, loaded: LoadedModel) -> int:
-    """Memory for the KV cache: the configured share of the device, less weights and the largest step's activations."""
-    n = config.max_num_batched_tokens
-    length = min(n, config.max_seq_len)
-    blocks = -(-length // config.block_size)
+    """Memory for the KV cache: the configured share of the device, less weights, the largest step's activations, and
+    the most logits that are ever asked for."""
+    longest, left = config.max_seq_len, config.max_num_batched_tokens
+    lengths = ([longest] * (left // longest) + [left % longest])[: config.max_num_seqs]
+    blocks = -(-max(lengths) // config.block_size)
     torch.cuda.reset_peak_memory_stats(loaded.device)
     cache = _cache(config, loaded, blocks)
     runner = _runner(config, loaded, cache)
     runner.warm_up()  # all kernels are compiled here; the runner that serves finds them
-    prompt = Sequence("profile", [0] * length, SamplingParams(), max_seq_len=length + 1, eos_token_ids=())
-    prompt.block_table, prompt.row = list(range(blocks)), 0
-    step = runner.launch(StepPlan([ScheduledSequence(prompt, 0, length, (prompt,), [])], loads=[prompt]))
+    plan = StepPlan()
+    for row, length in enumerate(lengths):
+        if length > 1:  # a single token would be none of a prompt
+            prompt = Sequence("profile", [0] * length, SamplingParams(), max_seq_len=length + 1, eos_token_ids=())
+            prompt.block_table, prompt.row = list(range(blocks)), row  # the same blocks: nobody reads what it says
+            plan.loads.append(prompt)
+            plan.entries.append(ScheduledSequence(prompt, 0, length, (prompt,), []))
+    step = runner.launch(plan)
     runner.draw(step, None)
     runner.finish(step)
     torch.cuda.synchronize(loaded.device)
@@ -240,4 +248,6 @@ def _free_cuda_bytes(config: EngineConfig, loaded: LoadedModel) -> int:
     del runner, cache
     gc.collect()  # which does not run by itself yet
     torch.cuda.empty_cache()
-    return max(0, int(total * config.gpu_memory_utilization) - foreign - peak)
+    rows = config.max_num_seqs + MAX_PROMPT_LOGITS + (MAX_DRAFTS if config.num_speculative_tokens else 0)
+    logits = _LOGITS_COPIES * 4 * rows * loaded.info.args.vocab_size
+    return max(0, int(total * config.gpu_memory_utilization) - foreign - peak - logits)
