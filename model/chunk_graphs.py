@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 
+from tpserve.model.decoder import record
 from tpserve.model.fused_forward import Chunks, FusedForward
 from tpserve.model.kernels.staging import Staged
 
@@ -36,7 +37,7 @@ class ChunkGraphs:
         self._staged = Staged.empty(BUCKETS[-1], MAX_PARTS, device)
         self._logits_NV = torch.zeros(MAX_PARTS, vocab_size, dtype=torch.float32, device=device)
         self.wanted: int | None = None
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[int, torch.cuda.CUDAGraph | None] = {}  # None: there was no memory for it
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
 
@@ -46,7 +47,7 @@ class ChunkGraphs:
 
     @property
     def missing(self) -> list[int]:
-        """Buckets without a graph, ascending."""
+        """Buckets whose graph is still to be captured, ascending."""
         return [bucket for bucket in BUCKETS if bucket not in self._graphs]
 
     def _compute(self, bucket: int, num_layers: int | None = None) -> None:
@@ -66,15 +67,13 @@ class ChunkGraphs:
 
     @torch.no_grad()
     def capture(self, bucket: int) -> None:
-        """Makes one bucket's graph, on padding."""
+        """Makes one bucket's graph, on padding; see `FusedDecoder.capture`."""
         current = torch.cuda.current_stream(self._tokens_RL.device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
             self.enqueue(bucket)
             self._stream.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
-                self._compute(bucket)
+            graph = record(lambda: self._compute(bucket), self._pool, self._stream)
         current.wait_stream(self._stream)
         self._graphs[bucket] = graph
         self.wanted = None
@@ -99,9 +98,10 @@ class ChunkGraphs:
         """
         bucket = min(bucket for bucket in BUCKETS if bucket >= len(rows_T))
         self._staged.stage(bucket, rows_T, positions_T, num_decodes, chunks_3P, logits_rows_N)
-        if bucket in self._graphs:
-            self._graphs[bucket].replay()
+        graph = self._graphs.get(bucket)
+        if graph is not None:
+            graph.replay()
         else:
-            self.wanted = bucket
+            self.wanted = None if bucket in self._graphs else bucket
             self._compute(bucket)
         return self._logits_NV[: len(rows_T) if logits_rows_N is None else len(logits_rows_N)]

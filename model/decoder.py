@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -19,6 +21,8 @@ from tpserve.model.kv_cache import PagedKVCache
 from tpserve.model.llama import Llama
 from tpserve.model.parallel import TensorParallel
 from tpserve.model.quantized import is_quantized
+
+logger = logging.getLogger(__name__)
 
 
 class FusedDecoder:
@@ -60,19 +64,19 @@ class FusedDecoder:
         self.step = DecodeStep(model, cache, tp, tokens_RL, tables_RB, self.buckets)
         self._device, self._stage_decodes = tokens_RL.device, stage_decodes
         self.wanted: int | None = None
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[int, torch.cuda.CUDAGraph | None] = {}  # None: there was no memory for it
         self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
 
     @staticmethod
     def supports(model: Llama, device: torch.device) -> bool:
-        """Whether this model decodes so: Triton, and a GPU of compute capability 9.0 (early launches); with fewer bits,
-        bfloat16."""
+        """Whether this model decodes so: Triton, and a GPU of compute capability 9 or 10 (early launches, and shared
+        memory for the tiles, of which 12 has less); with fewer bits, bfloat16."""
         weight, args = model.output.weight, model.args
         return (
             importlib.util.find_spec("triton") is not None
             and device.type == "cuda"
-            and torch.cuda.get_device_capability(device) >= (9, 0)
+            and torch.cuda.get_device_capability(device)[0] in (9, 10)
             and (weight.dtype == torch.bfloat16 or not is_quantized(model))
             and args.dim % 64 == 0
             and args.head_dim % 16 == 0
@@ -81,7 +85,8 @@ class FusedDecoder:
 
     @torch.no_grad()
     def capture(self, bucket: int) -> None:
-        """Makes one bucket's graph: compiles and warms up its kernels on padding, then records them."""
+        """Makes one bucket's graph: compiles and warms up its kernels on padding, then records them. Without the memory
+        for it, such steps stay as they are."""
         if bucket in self._graphs:
             return
         current = torch.cuda.current_stream(self._device)
@@ -91,10 +96,7 @@ class FusedDecoder:
             self.step.positions_S.fill_(-1)
             self.step.enqueue(bucket)
             self._stream.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            # Other threads of the process may use the device while this one records.
-            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
-                self.step.enqueue(bucket)
+            graph = record(lambda: self.step.enqueue(bucket), self._pool, self._stream)
         current.wait_stream(self._stream)
         self._graphs[bucket] = graph
         self.wanted = None
@@ -104,7 +106,7 @@ class FusedDecoder:
 
     @property
     def missing(self) -> list[int]:
-        """Buckets without a graph, ascending."""
+        """Buckets whose graph is still to be captured, ascending."""
         return [bucket for bucket in self.buckets if bucket not in self._graphs]
 
     def enqueue_all(self) -> None:
@@ -138,13 +140,31 @@ class FusedDecoder:
         n = len(rows_N)
         bucket = min(bucket for bucket in self.buckets if bucket >= n)
         self._stage(bucket, rows_N, positions_N)
-        if bucket in self._graphs:
-            self._graphs[bucket].replay()
+        graph = self._graphs.get(bucket)
+        if graph is not None:
+            graph.replay()
         else:
-            self.wanted = bucket
+            self.wanted = None if bucket in self._graphs else bucket
             with _products_by("cublaslt"):
                 self.step.enqueue(bucket)
         return self.step.logits_SV[:n]
+
+
+def record(work: Callable[[], None], pool: Any, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph | None:
+    """A graph of what `work` launches, on the current stream; None: there is no memory for it.
+
+    Nothing runs while it is recorded, so that one rank may fail at it alone: kernels that it launches one by one meet
+    those of the others' graphs.
+    """
+    graph = torch.cuda.CUDAGraph()
+    try:
+        # Other threads of the process may use the device meanwhile.
+        with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
+            work()
+    except torch.cuda.OutOfMemoryError as e:
+        logger.warning("no memory for a CUDA graph; its kernels go on being launched one by one: %s", e)
+        return None
+    return graph
 
 
 @contextlib.contextmanager

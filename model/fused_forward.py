@@ -136,6 +136,8 @@ class FusedForward:
                 paged_prefill_attention(
                     q_THE, k_cache, v_cache, self._tables_RB, tiles, out_THE, block_size=size, pdl=self._products.pdl
                 )  # fmt: skip
+            if rows_N is None and i == last and isinstance(stream, OverlappedResidual):
+                rows_N = torch.arange(len(tokens_T), device=tokens_T.device)  # which come in parts, of 16 bits
             if rows_N is not None and i == last:  # of the others, only keys and values were wanted
                 out_THE, stream = out_THE[rows_N], stream.only(rows_N)
             stream.add(out_THE.flatten(1), layer.wo_DN, layer.ffn_norm_D)

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from tpserve.model.network import StepInputs
 
 _MAX_SHARED_ROWS = 8192  # of a step whose rows move while products are made
+# Keys of a sequence that decodes: in a graph of chunks one program a key/value head reads them all, at some µs a
+# thousand and layer; beside more, launching the step's kernels costs less (by estimate).
+_LONG_DECODE = 16384
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +94,8 @@ class FusedNetwork:
         if inputs.chunks_3P is not None:
             parts = len(inputs.decode_lens) + len(inputs.prefills)
             num_logits = len(rows_T) if inputs.logits_rows_N is None else len(inputs.logits_rows_N)
-            if graphs.fits(len(rows_T), parts, num_logits):
+            longest = max(inputs.decode_lens, default=0)
+            if graphs.fits(len(rows_T), parts, num_logits) and longest <= _LONG_DECODE:
                 return graphs(rows_T, positions_T, len(inputs.decode_lens), inputs.chunks_3P, inputs.logits_rows_N)
             rows, starts, contexts = inputs.chunks_3P
             chunks = self._chunks(rows[:-1], starts, contexts[:-1])

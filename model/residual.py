@@ -156,10 +156,6 @@ class OverlappedResidual(DealtResidual):
         """The normed rows times wᵀ, [T, N]."""
         return self._exchange.times(w_ND, self._share, self._num_rows)
 
-    def logits(self, head_VD: torch.Tensor) -> torch.Tensor:
-        """See `Residual`; rounded on the way, but so many rows are seldom all asked for."""
-        return self.times(Matrix(head_VD)).float()
-
     def add(self, y_TN: torch.Tensor, w_DN: Matrix, gain_D: torch.Tensor) -> None:
         """See `Residual`."""
         parts_PSD = self._exchange.parts(y_TN, w_DN, self._share)

@@ -13,6 +13,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tpserve.model.kernels.norm import Normed, inverse_rms, load_sums
 
+_MOST_ROWS = 65535  # of a launch: as many as CUDA's grids have places in their second dimension
+
 
 @triton.jit
 def _silu_kernel(
@@ -56,14 +58,16 @@ def silu_mul(
     """SiLU(gate) · up of a gate-and-up product [S, 2F].
 
     Args:
-        normed, parts: of the norm that the product's input still lacks, and how many parts its sums have; None: none.
+        normed, parts: of the norm that the product's input still lacks, of up to `_MOST_ROWS`, and how many parts its
+            sums have; None: none.
         pdl: programmatic dependent launch.
     """
-    s, f = out_SF.shape
-    _silu_kernel[(triton.cdiv(f, 1024), s)](
-        y_SN, y_SN if normed is None else normed.sums, out_SF, D=1 if normed is None else normed.x_SD.shape[1],
-        F=f, P=parts, EPS=0.0 if normed is None else normed.eps, C=1024, PDL=pdl, launch_pdl=pdl,
-    )  # fmt: skip
+    f = out_SF.shape[1]
+    for y, out in zip(y_SN.split(_MOST_ROWS), out_SF.split(_MOST_ROWS), strict=True):
+        _silu_kernel[(triton.cdiv(f, 1024), len(out))](
+            y, y if normed is None else normed.sums, out, D=1 if normed is None else normed.x_SD.shape[1],
+            F=f, P=parts, EPS=0.0 if normed is None else normed.eps, C=1024, PDL=pdl, launch_pdl=pdl,
+        )  # fmt: skip
 
 
 def scale(y_SN: torch.Tensor, normed: Normed, parts: int, out_SN: torch.Tensor, *, pdl: bool = False) -> None:

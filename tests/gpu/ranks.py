@@ -77,6 +77,8 @@ class MixedStep:
             for _ in range(3):
                 assert torch.equal(forward(inputs, rows, positions, 8, cut, asked), self.fused)
             self.half = self.plain()
+            all_logits = forward(inputs, rows, positions, 8, cut, None)
+        assert not torch.equal(all_logits, all_logits.bfloat16().float()), "rounded"
         every = [torch.empty_like(self.fused) for _ in range(tp.size)]
         dist.all_gather(every, self.fused)
         assert all(torch.equal(other, self.fused) for other in every), f"{chunks} chunks: the ranks differ"

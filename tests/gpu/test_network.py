@@ -169,38 +169,6 @@ def test_prompts_that_go_on_ask_for_nothing(dim: int, heads: int, kv_heads: int)
         assert ((got - expected).norm() / expected.norm()).item() < 1e-5
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_products_of_tens_of_rows_are_ours_at_a_real_width(dtype: torch.dtype) -> None:
-    """What the last of the shapes is for; also of a step that asks for nothing."""
-    from tpserve.model.kernels import has_gluon
-
-    if not has_gluon():
-        pytest.skip("they are written in Gluon")
-    from tpserve.model.kernels import rows_pairs, rows_product
-
-    driver = Driver(llama(*SHAPES[-1]), dtype, True, graphs=False)
-    launched: list[str] = []
-
-    def noting(name: str, function: Callable[..., None]) -> Callable[..., None]:
-        def launch(*args: Any, **named: Any) -> None:
-            launched.append(name)
-            function(*args, **named)
-
-        return launch
-
-    with pytest.MonkeyPatch.context() as patch:
-        for module, name in ((rows_pairs, "qkv"), (rows_pairs, "gate_up"), (rows_product, "rows_product")):
-            patch.setattr(module, name, noting(name, getattr(module, name)))
-        for parts, asked, expected in (
-            ([(row, 5, 1) for row in range(30)], True, [3, 3, 6]),
-            ([(row, 0, 2) for row in range(20)], True, [3, 3, 6]),
-            ([(row, 0, 2) for row in range(20)], False, [3, 2, 4]),
-        ):
-            launched.clear()
-            driver.step(parts, asked)
-            assert [launched.count(name) for name in ("qkv", "gate_up", "rows_product")] == expected
-
-
 @pytest.mark.parametrize(("dim", "heads", "kv_heads"), SHAPES[1:])
 def test_graphs_repeat_themselves_bit_by_bit(dim: int, heads: int, kv_heads: int) -> None:
     a, b = (Driver(llama(dim, heads, kv_heads), torch.bfloat16, True) for _ in range(2))
@@ -228,6 +196,43 @@ def test_graphs_give_the_bits_of_the_kernels_alone(dim: int, heads: int, kv_head
     assert not other.network.improvable
     for i, logits in enumerate(zip(before, again, after, never, strict=True)):
         assert all(torch.equal(logits[0], others) for others in logits[1:]), STEPS[i]
+
+
+def test_without_memory_for_graphs_steps_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver(llama(*SHAPES[1]), torch.bfloat16, True)
+    network = driver.network
+    assert isinstance(network, FusedNetwork)
+    before = [driver.step(parts) for parts in STEPS]
+
+    def short_of_memory(work: Callable[..., None]) -> Callable[..., None]:
+        def launch(*args: Any, **named: Any) -> None:
+            work(*args, **named)
+            if torch.cuda.is_current_stream_capturing():
+                raise torch.cuda.OutOfMemoryError("no more")
+
+        return launch
+
+    monkeypatch.setattr(network._decoder.step, "enqueue", short_of_memory(network._decoder.step.enqueue))
+    monkeypatch.setattr(network._chunk_graphs, "_compute", short_of_memory(network._chunk_graphs._compute))
+    assert driver.improve(idle=True) >= 10
+    assert not network.improvable
+    for parts, logits in zip(STEPS, before, strict=True):
+        assert torch.equal(driver.step(parts), logits), parts
+
+
+@pytest.mark.parametrize("longest", [38, 39])
+def test_long_sequences_decode_beside_prompts_by_kernels_that_split_their_keys(
+    longest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tpserve.model.fused_network._LONG_DECODE", longest)
+    model = llama(*SHAPES[1])
+    plain, fused = Driver(model, torch.float32, False), Driver(model, torch.float32, True)
+    network = fused.network
+    assert isinstance(network, FusedNetwork)
+    for parts in ([(0, 0, 38), (1, 0, 10)], [(0, 38, 1), (1, 10, 30)]):
+        expected, got = plain.step(parts), fused.step(parts)
+        assert ((got - expected).norm() / expected.norm()).item() < 1e-5
+    assert network._chunk_graphs.wanted == (64 if longest == 38 else 32)  # the first step's bucket, or the second's
 
 
 @pytest.mark.usefixtures("_hopper_rows")

@@ -1,12 +1,14 @@
-"""Products of some tens of rows against float64: every tile, rows that fill none, sums in parts, ends."""
+"""Products of tens of rows against float64: all tiles, rows that fill none, sums in parts, ends; and who uses them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
+from tests.gpu.test_network import SHAPES, Driver, llama
 from tpserve.model.kernels import has_gluon, is_hopper
 
 pytestmark = [
@@ -140,3 +142,31 @@ def test_queries_keys_and_values(
     for cache in (keys, values):
         written = (cache != 7).flatten(1).any(1).nonzero().flatten()
         assert written.tolist() == sorted(slot[:S][there].tolist())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_of_tens_of_rows_are_ours_at_a_real_width(dtype: torch.dtype) -> None:
+    """Of the network; also in a step that asks for nothing."""
+    from tpserve.model.kernels import rows_pairs, rows_product
+
+    driver = Driver(llama(*SHAPES[-1]), dtype, True, graphs=False)
+    launched: list[str] = []
+
+    def noting(name: str, function: Callable[..., None]) -> Callable[..., None]:
+        def launch(*args: Any, **named: Any) -> None:
+            launched.append(name)
+            function(*args, **named)
+
+        return launch
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in ((rows_pairs, "qkv"), (rows_pairs, "gate_up"), (rows_product, "rows_product")):
+            patch.setattr(module, name, noting(name, getattr(module, name)))
+        for parts, asked, expected in (
+            ([(row, 5, 1) for row in range(30)], True, [3, 3, 6]),
+            ([(row, 0, 2) for row in range(20)], True, [3, 3, 6]),
+            ([(row, 0, 2) for row in range(20)], False, [3, 2, 4]),
+        ):
+            launched.clear()
+            driver.step(parts, asked)
+            assert [launched.count(name) for name in ("qkv", "gate_up", "rows_product")] == expected

@@ -42,7 +42,9 @@ class Kernel:
         self._function, self._unspecialized, self._seen = function, unspecialized, seen
         self._parameters = list(inspect.signature(function).parameters)
 
-    def __getitem__(self, grid: object) -> Callable[..., None]:
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        assert all(n <= 65535 for n in grid[1:]), "CUDA has no such grid"
+
         def launch(*args: Any, **named: Any) -> None:
             given = dict(zip(self._parameters, args, strict=False)) | named
             keys = sorted((name, self._key(name, value)) for name, value in given.items())
@@ -275,11 +277,18 @@ def test_mixed_steps_launch_what_was_compiled(
             rows_P, starts_P1, contexts_P = sent[2 * tokens : 2 * tokens + 3 * (prompts + 1)].view(3, -1)
             starts_P1[:] = decodes + torch.arange(prompts + 1) * (after // prompts)
             chunks = ways.chunks(rows_P[:-1], starts_P1, contexts_P[:-1])
-            for asked in (0, 1, 7, 33):
+            for asked in (0, 1, 7, 33, None):
                 seen.clear()
-                rows_N = sent[len(sent) - 40 :][: min(asked, tokens)]
+                rows_N = None if asked is None else sent[len(sent) - 40 :][: min(asked, tokens)]
                 with torch.no_grad():
                     ways.mixed(rows_T.clone(), rows_T, positions_T, decodes, chunks, rows_N)
                 assert seen <= compiled, (tokens, decodes, prompts, asked)
                 products += any("rows_product" in name or "rows_pairs" in name for name, _ in seen)
     assert bool(products) == (gluon and dtype == torch.bfloat16)
+
+
+def test_more_rows_than_a_grid_has_places(seen: set[Variant]) -> None:
+    pointwise = importlib.import_module("tpserve.model.kernels.pointwise")
+    y_SN = torch.zeros(140_000, 16, dtype=torch.bfloat16)
+    pointwise.silu_mul(y_SN, y_SN.new_empty(140_000, 8))
+    assert len(seen) == 1
