@@ -62,7 +62,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             sequence that runs alone is planned for as many tokens as take no longer than this; they come together.
             0: one by one.
         num_speculative_tokens: tokens that are guessed from what the text said before (prompt lookup) and checked in
-            one step; 0: off. The tokens are the same with and without.
+            one step; 0: off. The tokens are the same with and without. All sequences of a step share 512.
         prompt_lookup_max, prompt_lookup_min: lengths of the last tokens that are looked up, longest first.
         checksum_interval: ranks compare their decisions every so many steps.
         max_restarts: relaunches within restart_window_s before the engine gives up.

@@ -7,9 +7,9 @@ with int4 weights have kernels of their own (`stream.py`), where these are not f
 Programmatic dependent launch overlaps a kernel's start with its predecessor's end. The rule that keeps it right: before
 `gdc_wait` a kernel reads only weights and the step's input; it waits before reading anything that a step writes. A
 kernel that has waited knows that its predecessor has ended, and so, one by one, that all before it have. Two
-exceptions: attention reads its items before (`deal` had ended before the embedding had, and so before the first product
-began), and the embedding waits at its end (`deal`, in front of it, was launched normally, and has nothing to do with
-what it reads and writes).
+exceptions: attention reads its items, of prompts its tiles, before (who made them had ended before the embedding had,
+and so before the first product began), and the embedding waits at its end (`deal`, in front of it, was launched
+normally, and has nothing to do with what it reads and writes).
 
 K: the depth of the product, DEPTH: one program's part of it; MP: rows of x, padded.
 """
