@@ -22,6 +22,8 @@ from tpserve.model.llama import Llama
 from tpserve.model.parallel import TensorParallel
 from tpserve.model.quantized import is_quantized
 
+_OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
+
 logger = logging.getLogger(__name__)
 
 
@@ -161,7 +163,9 @@ def record(work: Callable[[], None], pool: Any, stream: torch.cuda.Stream) -> to
         # Other threads of the process may use the device meanwhile.
         with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
             work()
-    except torch.cuda.OutOfMemoryError as e:
+    except (torch.cuda.OutOfMemoryError, torch.AcceleratorError) as e:  # of the allocator, of the driver
+        if not isinstance(e, torch.cuda.OutOfMemoryError) and getattr(e, "error_code", None) != _OUT_OF_MEMORY:
+            raise
         logger.warning("no memory for a CUDA graph; its kernels go on being launched one by one: %s", e)
         return None
     return graph
