@@ -11,6 +11,7 @@ A row's goal is the least that it must reach. Exit status 1: a kernel is wrong, 
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import json
 import os
@@ -18,6 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -103,15 +105,15 @@ def measure(
         options: keys of the engine's configuration, and sampling fields.
         ceilings: of one of the devices, as just measured; None: no rooflines.
     """
-    known = _kernels_on_disk()
-    engine = Engine(what.model, what.tp, dtype, **options)
-    compiled = _kernels_on_disk() - known
-    try:
-        rows = [latency(engine, b, p, new) for b in what.batches for p in what.prompts]
-        rows += [throughput(engine, n, 512, 256) for n in what.requests]
-    finally:
-        engine.close()
-    rows.append({"kind": "start", "batch": 1, "in": 8, "out": 1, "start_s": engine.start_s, "compiled": compiled})
+    with tempfile.TemporaryDirectory() as folder, _environment("TRITON_CACHE_DIR", folder):
+        # Without kernels that another model or a test has left on disk, each start is a machine's first.
+        engine = Engine(what.model, what.tp, dtype, **options)
+        try:
+            rows = [latency(engine, b, p, new) for b in what.batches for p in what.prompts]
+            rows += [throughput(engine, n, 512, 256) for n in what.requests]
+        finally:
+            engine.close()
+    rows.append({"kind": "start", "batch": 1, "in": 8, "out": 1, "start_s": engine.start_s})
     itemsize = getattr(torch, dtype).itemsize
     for row in rows:
         row |= {"model": what.model, "tp": what.tp}
@@ -126,11 +128,17 @@ def measure(
     return rows
 
 
-def _kernels_on_disk() -> int:
-    """In Triton's cache, a folder each: what a start finds there it does not compile."""
-    home = Path(os.environ.get("TRITON_HOME") or Path.home())
-    folder = Path(os.environ.get("TRITON_CACHE_DIR") or home / ".triton" / "cache")
-    return len(list(folder.iterdir())) if folder.is_dir() else 0
+@contextlib.contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    """A variable, inside, for this process and those that it starts."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
 
 
 def _reached(name: str, value: float, goal: float) -> bool:
@@ -169,7 +177,7 @@ def check_kernels() -> dict[str, Any]:
     root = Path(__file__).resolve().parents[1]
     if not (root / "tests" / "gpu").is_dir():
         return {"seed": seed, "passed": 0, "failed": 0}
-    folder = tempfile.TemporaryDirectory()  # the engine is to start as on a machine that knows no kernels
+    folder = tempfile.TemporaryDirectory()
     env = os.environ | {"TPSERVE_TEST_SEED": str(seed), "TRITON_CACHE_DIR": folder.name}
 
     def pytest(*which: str) -> subprocess.CompletedProcess[str]:
@@ -200,7 +208,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         line = f"{row['model']:6}{row['tp']:>3} {row['kind']:6}{row['batch']:>6}{row['in']:>6}"
         if row["kind"] == "start":
-            line += f"{row['start_s']:>9.1f} s from the start to the first token, {row['compiled']} kernels compiled"
+            line += f"{row['start_s']:>9.1f} s from the start to the first token"
         else:
             share = f"{row['floor_ms'] / row['step_ms']:>9.0%}" if row["kind"] == "lat" else f"{'':9}"
             line += f"{row['ttft_ms']:>9.2f}{row['step_ms']:>9.3f}{share}{row['tokens_per_s']:>10.0f}"

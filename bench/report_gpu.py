@@ -77,8 +77,8 @@ def summary(results: dict[str, Result]) -> str:
         for row in results[name]["figures"]["rows"]:
             column = (row["model"], row["tp"])
             columns[column] = None
-            if not row.get("compiled", True):
-                continue  # a start that found its kernels on disk is no first one
+            if not row.get("first", True):
+                continue  # a start that found kernels on disk
             for figure in _FIGURES[row["kind"]]:
                 cells.setdefault((figure, row["kind"], row["batch"], row["in"]), {})[column] = row
     header = [""]
@@ -102,7 +102,7 @@ def _order(key: tuple[str, str, int, int]) -> tuple[int, int, int]:
 
 def _what(row: Row) -> str:
     if row["kind"] == "start":
-        return f"a machine's {'first' if row.get('compiled', True) else 'later'} start, to the first token"
+        return f"a machine's {'first' if row.get('first', True) else 'later'} start, to the first token"
     return f"{'batch' if row['kind'] == 'lat' else 'requests'} {row['batch']}, {row['in']} in, {row['out']} out"
 
 

@@ -35,7 +35,8 @@ from tpserve.model.parallel import TensorParallel, num_kv_heads
 from tpserve.model.quantized import quantize, weight_bytes
 
 _CPU_KV_CACHE_BYTES = 1 << 30
-_LOGITS_COPIES = 4  # float32: gathered, penalised, filtered
+# Of a step's logits, float32, what is there at a time: while penalties are applied; while ranks' parts are joined.
+_SAMPLED_COPIES, _GATHERED_COPIES = 6, 3
 
 logger = logging.getLogger(__name__)
 
@@ -223,7 +224,10 @@ def _num_blocks(config: EngineConfig, loaded: LoadedModel) -> int:
 def _free_cuda_bytes(config: EngineConfig, loaded: LoadedModel) -> int:
     """Memory for the KV cache: the configured share of the device, less weights, the largest step's activations, and
     the most logits that are ever asked for."""
+    drafts = MAX_DRAFTS if config.num_speculative_tokens else 0
     longest, left = config.max_seq_len, config.max_num_batched_tokens
+    if not config.enable_chunked_prefill:  # a prompt is not cut for what runs beside it
+        left += config.max_num_seqs + drafts
     lengths = ([longest] * (left // longest) + [left % longest])[: config.max_num_seqs]
     blocks = -(-max(lengths) // config.block_size)
     torch.cuda.reset_peak_memory_stats(loaded.device)
@@ -232,7 +236,7 @@ def _free_cuda_bytes(config: EngineConfig, loaded: LoadedModel) -> int:
     runner.warm_up()  # all kernels are compiled here; the runner that serves finds them
     plan = StepPlan()
     for row, length in enumerate(lengths):
-        if length > 1:  # a single token would be none of a prompt
+        if length > 1 or not plan.entries:  # a single token would be none of a prompt
             prompt = Sequence("profile", [0] * length, SamplingParams(), max_seq_len=length + 1, eos_token_ids=())
             prompt.block_table, prompt.row = list(range(blocks)), row  # the same blocks: nobody reads what it says
             plan.loads.append(prompt)
@@ -248,6 +252,6 @@ def _free_cuda_bytes(config: EngineConfig, loaded: LoadedModel) -> int:
     del runner, cache
     gc.collect()  # which does not run by itself yet
     torch.cuda.empty_cache()
-    rows = config.max_num_seqs + MAX_PROMPT_LOGITS + (MAX_DRAFTS if config.num_speculative_tokens else 0)
-    logits = _LOGITS_COPIES * 4 * rows * loaded.info.args.vocab_size
-    return max(0, int(total * config.gpu_memory_utilization) - foreign - peak - logits)
+    rows = _SAMPLED_COPIES * (config.max_num_seqs + drafts)
+    rows += _GATHERED_COPIES * min(MAX_PROMPT_LOGITS, config.max_num_batched_tokens)
+    return max(0, int(total * config.gpu_memory_utilization) - foreign - peak - 4 * rows * loaded.info.args.vocab_size)

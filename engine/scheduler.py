@@ -113,13 +113,15 @@ class Scheduler:
     def _decode(self, plan: StepPlan) -> None:
         running = self.running.copy()
         spare = min(self._config.max_num_batched_tokens - len(running), MAX_DRAFTS)
+        if self.waiting or any(seq.num_uncomputed_tokens > 1 for seq in running):
+            spare //= 2  # prompts, too, are to go on
         for i, seq in enumerate(running):
             start, num_tokens = seq.num_computed_tokens, len(seq.token_ids) + seq.num_pending
             if num_tokens - start != 1 or seq.children or num_tokens >= seq.max_tokens:
                 continue
             if seq.row is None:  # preempted for one before it, and so are all after it
                 break
-            drafts = self._guess(seq, spare // (len(running) - i)) if self._config.num_speculative_tokens else []
+            drafts = self._guess(seq, -(-spare // (len(running) - i))) if self._config.num_speculative_tokens else []
             steps = self._steps(seq, seq.max_tokens - num_tokens)
             n = self.residency.cover(seq, len(drafts) + steps, plan)
             if n == 0:

@@ -14,6 +14,7 @@ import torch
 from tpserve.model.decoder import record
 from tpserve.model.fused_forward import Chunks, FusedForward
 from tpserve.model.kernels.staging import Staged
+from tpserve.model.parallel import TensorParallel
 
 BUCKETS = (16, 32, 64, 128, 256, 512, 1024)
 MAX_PARTS = 16
@@ -26,14 +27,15 @@ class ChunkGraphs:
         forward: what is captured.
         tokens_RL: int64, the rows' tokens.
         vocab_size: of the logits.
+        tp: this rank's place.
 
     Attributes:
         wanted: the bucket of the last step that found no graph, until it has one.
     """
 
-    def __init__(self, forward: FusedForward, tokens_RL: torch.Tensor, vocab_size: int) -> None:
+    def __init__(self, forward: FusedForward, tokens_RL: torch.Tensor, vocab_size: int, tp: TensorParallel) -> None:
         device = tokens_RL.device
-        self._forward, self._tokens_RL = forward, tokens_RL
+        self._forward, self._tokens_RL, self._tp = forward, tokens_RL, tp
         self._staged = Staged.empty(BUCKETS[-1], MAX_PARTS, device)
         self._logits_NV = torch.zeros(MAX_PARTS, vocab_size, dtype=torch.float32, device=device)
         self.wanted: int | None = None
@@ -73,7 +75,7 @@ class ChunkGraphs:
         with torch.cuda.stream(self._stream):
             self.enqueue(bucket)
             self._stream.synchronize()
-            graph = record(lambda: self._compute(bucket), self._pool, self._stream)
+            graph = record(lambda: self._compute(bucket), self._pool, self._stream, self._tp)
         current.wait_stream(self._stream)
         self._graphs[bucket] = graph
         self.wanted = None

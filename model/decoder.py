@@ -64,7 +64,7 @@ class FusedDecoder:
 
         self.buckets = sorted(set(buckets or default_buckets(max_num_seqs)))
         self.step = DecodeStep(model, cache, tp, tokens_RL, tables_RB, self.buckets)
-        self._device, self._stage_decodes = tokens_RL.device, stage_decodes
+        self._device, self._stage_decodes, self._tp = tokens_RL.device, stage_decodes, tp
         self.wanted: int | None = None
         self._graphs: dict[int, torch.cuda.CUDAGraph | None] = {}  # None: there was no memory for it
         self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
@@ -98,7 +98,7 @@ class FusedDecoder:
             self.step.positions_S.fill_(-1)
             self.step.enqueue(bucket)
             self._stream.synchronize()
-            graph = record(lambda: self.step.enqueue(bucket), self._pool, self._stream)
+            graph = record(lambda: self.step.enqueue(bucket), self._pool, self._stream, self._tp)
         current.wait_stream(self._stream)
         self._graphs[bucket] = graph
         self.wanted = None
@@ -152,13 +152,13 @@ class FusedDecoder:
         return self.step.logits_SV[:n]
 
 
-def record(work: Callable[[], None], pool: Any, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph | None:
-    """A graph of what `work` launches, on the current stream; None: there is no memory for it.
-
-    Nothing runs while it is recorded, so that one rank may fail at it alone: kernels that it launches one by one meet
-    those of the others' graphs.
+def record(
+    work: Callable[[], None], pool: Any, stream: torch.cuda.Stream, tp: TensorParallel
+) -> torch.cuda.CUDAGraph | None:
+    """A graph of what `work` launches on the current stream; None, on all ranks alike, if one has no memory for it:
+    NCCL wants a collective in everybody's graph or in nobody's.
     """
-    graph = torch.cuda.CUDAGraph()
+    graph, ok = torch.cuda.CUDAGraph(), torch.ones(1, device=stream.device)
     try:
         # Other threads of the process may use the device meanwhile.
         with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
@@ -166,9 +166,9 @@ def record(work: Callable[[], None], pool: Any, stream: torch.cuda.Stream) -> to
     except (torch.cuda.OutOfMemoryError, torch.AcceleratorError) as e:  # of the allocator, of the driver
         if not isinstance(e, torch.cuda.OutOfMemoryError) and getattr(e, "error_code", None) != _OUT_OF_MEMORY:
             raise
-        logger.warning("no memory for a CUDA graph; its kernels go on being launched one by one: %s", e)
-        return None
-    return graph
+        logger.warning("no memory for a CUDA graph: its kernels go on being launched one by one (%s)", e)
+        ok.zero_()
+    return graph if tp.all_agree(ok) else None
 
 
 @contextlib.contextmanager

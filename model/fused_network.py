@@ -1,4 +1,4 @@
-"""The step as fused kernels and CUDA graphs on Hopper GPUs; see `network.py`.
+"""The step as fused kernels and CUDA graphs on GPUs from Hopper on; see `network.py`.
 
 Shape suffixes: T tokens of the step, R rows of the batch state, L positions, B blocks of a table, N rows whose logits
 are asked for, V vocabulary, P chunks of prompts.
@@ -77,7 +77,7 @@ class FusedNetwork:
         self._decoder = FusedDecoder(model, cache, tp, tokens_RL, tables_RB, max_num_seqs=max_num_seqs)
         self._forward = FusedForward(model, self._decoder.step.layers, cache, tp, tables_RB, few, many)
         self._draws, self._max_top_k = RandomDraws(max_num_seqs, model.args.vocab_size, tokens_RL), MAX_TOP_K
-        self._chunk_graphs = ChunkGraphs(self._forward, tokens_RL, model.args.vocab_size)
+        self._chunk_graphs = ChunkGraphs(self._forward, tokens_RL, model.args.vocab_size, tp)
         self._to_capture: list[FusedDecoder | ChunkGraphs] = [self._decoder, self._chunk_graphs] if graphs else []
 
     def __call__(self, inputs: StepInputs) -> torch.Tensor:

@@ -61,8 +61,13 @@ class TensorParallel:
             made = make()
         except RuntimeError:
             ok.zero_()
-        dist.all_reduce(ok, dist.ReduceOp.MIN, group=self.group)
-        return made if ok.item() else None
+        return made if self.all_agree(ok) else None
+
+    def all_agree(self, ok: torch.Tensor) -> bool:
+        """Whether this number [1] is 1 on all ranks, and 0 on none."""
+        if self.size > 1:
+            dist.all_reduce(ok, dist.ReduceOp.MIN, group=self.group)
+        return bool(ok.item())
 
     def gather_vocabulary(self, logits_NV: torch.Tensor, vocab_size: int) -> torch.Tensor:
         """Joins every rank's columns; [N, own columns] → [N, vocab_size], contiguous.

@@ -53,12 +53,12 @@ def test_the_newest_result_of_a_machine_counts_and_the_better_figure_is_bold() -
     assert "7B TP 1, batch 1, 128 in, 256 out: a step" in text
 
 
-@pytest.mark.parametrize(("compiled", "shown"), [({}, True), ({"compiled": 90}, True), ({"compiled": 0}, False)])
-def test_a_start_that_compiled_nothing_is_not_called_the_first(compiled: dict[str, int], shown: bool) -> None:
+@pytest.mark.parametrize(("said", "shown"), [({}, True), ({"first": False}, False)])
+def test_a_start_that_found_kernels_on_disk_is_not_called_the_first(said: dict[str, bool], shown: bool) -> None:
     result = _result("2026-01-01", 1, 4.0, None)
     result["figures"]["rows"].append(
         {"kind": "start", "batch": 1, "in": 8, "out": 1, "start_s": 20.0, "model": "7B", "tp": 1, "goals": {},
-         "missed": [], "roofline": {}, **compiled}
+         "missed": [], "roofline": {}, **said}
     )  # fmt: skip
     assert ("very first start" in report_gpu.summary({"NVIDIA-x1-a": result})) == shown
     assert ("a machine's first start" in report_gpu.table(result)) == shown

@@ -20,15 +20,23 @@ GIB = 1 << 30
 TOTAL, FREE, RESERVED, PEAK = 80 * GIB, 50 * GIB, 20 * GIB, 16 * GIB
 
 
-@pytest.mark.parametrize(("changes", "prompts", "rows"), [
-    ({}, [64, 64, 64, 8], 8 + 512),
-    ({"max_num_batched_tokens": 65}, [64], 8 + 512),  # a token alone is no prompt
-    ({"max_num_batched_tokens": 40}, [40], 8 + 512),
-    ({"max_num_seqs": 2}, [64, 64], 2 + 512),
-    ({"num_speculative_tokens": 3}, [64, 64, 64, 8], 8 + 512 + 512),
+@pytest.mark.parametrize(("changes", "prompts", "sampled", "scored"), [
+    ({}, [64, 64, 64, 8], 8, 200),
+    ({"max_num_batched_tokens": 65}, [64], 8, 65),  # a token alone is no prompt
+    ({"max_num_batched_tokens": 40}, [40], 8, 40),
+    ({"max_num_batched_tokens": 1, "max_num_seqs": 1}, [1], 1, 1),  # but there has to be one
+    ({"max_num_seqs": 2, "max_num_batched_tokens": 600}, [64, 64], 2, 512),
+    ({"num_speculative_tokens": 3}, [64, 64, 64, 8], 8 + 512, 200),
+    ({"enable_chunked_prefill": False}, [64, 64, 64, 16], 8, 200),  # beside all that decode
+    ({"enable_chunked_prefill": False, "num_speculative_tokens": 3}, [64] * 8, 8 + 512, 200),
 ])  # fmt: skip
 def test_what_is_left_on_a_gpu(
-    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], prompts: list[int], rows: int
+    tiny_checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    prompts: list[int],
+    sampled: int,
+    scored: int,
 ) -> None:
     """The step that is run for it is as large as any: prompts of `max_num_batched_tokens` tokens."""
     usual = EngineConfig(
@@ -53,4 +61,4 @@ def test_what_is_left_on_a_gpu(
     left = group._free_cuda_bytes(config, loaded)
     assert [[entry.num_query_tokens for entry in plan.entries] for plan in plans] == [prompts]
     foreign = TOTAL - FREE - RESERVED
-    assert left == TOTAL // 2 - foreign - PEAK - 4 * 4 * rows * loaded.info.args.vocab_size
+    assert left == TOTAL // 2 - foreign - PEAK - 4 * (6 * sampled + 3 * scored) * loaded.info.args.vocab_size

@@ -17,7 +17,9 @@ from tpserve.engine.step import StepResult
 def run_step(scheduler: Scheduler) -> list[tuple[str, int]]:
     plan = scheduler.schedule()
     summary = [(entry.seq.request_id, entry.num_query_tokens) for entry in plan.entries]
-    scheduler.update(plan, StepResult([7 for entry in plan.entries for _ in entry.samples]))
+    scheduler.update(
+        plan, StepResult([7 for entry in plan.entries for _ in entry.samples for _ in range(entry.num_draws)])
+    )
     return summary
 
 
@@ -105,6 +107,22 @@ def test_a_prompt_that_is_not_cut_finds_its_step_beside_drafts(drafts: int) -> N
     assert [(e.seq.request_id, e.num_query_tokens) for e in scheduler.schedule().entries] == [
         ("short", 1 + drafts), ("long", MAX_LEN - 1),
     ]  # fmt: skip
+
+
+def test_drafts_leave_half_of_a_step_to_prompts() -> None:
+    scheduler = make_scheduler(
+        blocks=5000, max_num_seqs=32, max_num_batched_tokens=512, max_seq_len=400, num_speculative_tokens=16,
+        prompt_lookup_min=1, enable_prefix_caching=False,
+    )  # fmt: skip
+    ids = [*range(7, 15), *range(7, 15)]
+    for i in range(31):
+        scheduler.add(Sequence(f"r{i}", ids, SamplingParams(), max_seq_len=400, eos_token_ids=(EOS,), key=(0, i)))
+    run_step(scheduler)
+    scheduler.add(Sequence("long", [5] * 300, SamplingParams(), max_seq_len=400, eos_token_ids=(EOS,), key=(0, 99)))
+    planned = dict(run_step(scheduler))
+    assert sum(planned.values()) == 512
+    assert planned.pop("long") == 512 - 31 - 240
+    assert sum(planned.values()) == 31 + 240
 
 
 @pytest.mark.parametrize(("running", "each"), [(1, 16), (40, 12), (200, 2)])

@@ -114,6 +114,25 @@ def int4_by_streams(tp: TensorParallel) -> None:
     setup.decoder.close()
 
 
+def without_memory_on_one(tp: TensorParallel) -> None:
+    """Where one rank has no memory for a graph, none has a graph; and they go on."""
+    setup = Setup(SHAPES["wide"], tp, [4, 16])
+    enqueue = setup.decoder.step.enqueue
+
+    def short_of_memory(bucket: int) -> None:
+        enqueue(bucket)
+        if tp.rank == tp.size - 1 and torch.cuda.is_current_stream_capturing():
+            raise torch.cuda.OutOfMemoryError("no more")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setup.decoder.step, "enqueue", short_of_memory)
+        for bucket in setup.decoder.buckets:
+            setup.decoder.capture(bucket)
+    assert setup.decoder._graphs == {4: None, 16: None}
+    check_logits(setup, [1, 3, 8, 16])
+    setup.decoder.close()
+
+
 def main() -> None:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
@@ -149,6 +168,7 @@ def main() -> None:
             step.check(setup)
         setup.decoder.close()
     int4_by_streams(tp)
+    without_memory_on_one(tp)
     exchanges = int(os.environ.get("TPSERVE_SOAK_EXCHANGES", "20000"))
     deep = Setup(
         dataclasses.replace(SHAPES["wide"], n_layers=24), tp, [1, 4, 8, 66, 67, 72]

@@ -216,6 +216,7 @@ def test_without_memory_for_graphs_steps_stay_as_they_are(monkeypatch: pytest.Mo
     monkeypatch.setattr(network._chunk_graphs, "_compute", short_of_memory(network._chunk_graphs._compute))
     assert driver.improve(idle=True) >= 10
     assert not network.improvable
+    assert {*network._decoder._graphs.values(), *network._chunk_graphs._graphs.values()} == {None}
     for parts, logits in zip(STEPS, before, strict=True):
         assert torch.equal(driver.step(parts), logits), parts
 
