@@ -22,8 +22,12 @@ demo-chat: install
 
 # Three at a time, also on two cores: much of the suite's time is waiting for processes. One thread each: teams of several would spend
 # the cores on waiting for each other.
-test: install
+test: install $(VENV)/interpreted
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3
+
+$(VENV)/interpreted: | $(STAMP)
+	VENV=$(VENV) sh scripts/triton.sh
+	@mkdir -p $@
 
 # What `make test` has no time for: every fault on both fronts (it has a few), every TP size up to 8, `demo-chat`; `soak`: half an hour
 # of faults, FRONT=torchserve, MINUTES=10.

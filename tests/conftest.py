@@ -18,8 +18,8 @@ _SHARING = {"torchserve": ("test_contract.py", "test_serving.py", "test_stop.py"
 # What takes minutes goes first, so that what takes seconds fills the end.
 _LONG = (
     "torchserve/", "faults/", "serve/", "engine/test_restart", "distributed/", "engine/test_generate",
-    "engine/test_client", "machines/", "engine/test_re", "engine/test_controls", "engine/test_guided", "bench/", "cli/",
-    "engine/", "convert/",
+    "engine/test_client", "machines/", "engine/test_re", "engine/test_controls", "engine/test_guided", "interpreted/",
+    "bench/", "cli/", "engine/", "convert/",
 )  # fmt: skip
 
 # Examples share two cores with rank groups: how long one takes says nothing about the code.

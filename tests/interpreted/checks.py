@@ -1,0 +1,212 @@
+"""Kernels of the GPU path in Triton's interpreter, on a CPU: a network made of them beside the plain one, in float32.
+
+What the interpreter does not know is left out: Gluon, assembly (as in random draws), early launches, other ranks,
+graphs. `test_kernels.py` runs this file in a process of its own: the interpreter is chosen when kernels are imported.
+
+    TRITON_INTERPRET=1 python -m tests.interpreted.checks OUT.json
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from tpserve.model.args import ModelArgs
+from tpserve.model.attention import SequenceSlice
+from tpserve.model.kv_cache import PagedKVCache
+from tpserve.model.llama import Llama
+from tpserve.model.network import PlainNetwork, StepInputs
+from tpserve.model.parallel import TensorParallel
+from tpserve.model.rope import rope_table
+
+CPU = torch.device("cpu")
+ROWS, MAX_LEN, BLOCK, VOCAB = 24, 64, 16, 101
+BATCHES = [1, 4, 16]
+Part = tuple[int, int, int]  # row, first position, tokens
+
+
+def llama(heads: int, kv_heads: int) -> Llama:
+    args = ModelArgs.from_params(
+        {"dim": 64, "n_layers": 2, "n_heads": heads, "n_kv_heads": kv_heads, "vocab_size": VOCAB, "multiple_of": 32,
+         "norm_eps": 1e-5}
+    )  # fmt: skip
+    model = Llama(args, MAX_LEN).requires_grad_(False)
+    generator = torch.Generator().manual_seed(heads * kv_heads)
+    for name, weight in model.named_parameters():
+        noise = torch.randn(weight.shape, generator=generator)
+        weight.copy_(1 + 0.1 * noise if weight.ndim == 1 else noise * (1 if "tok" in name else weight.shape[1] ** -0.5))
+    model.rope_PC2 = rope_table(args, MAX_LEN, CPU)
+    return model
+
+
+class Both:
+    """The same steps by the plain network and by the kernels."""
+
+    def __init__(self, heads: int, kv_heads: int) -> None:
+        from tpserve.model.decode_step import DecodeStep
+        from tpserve.model.fused_forward import FusedForward
+
+        model = llama(heads, kv_heads)
+        args, blocks = model.args, ROWS * MAX_LEN // BLOCK
+        generator = torch.Generator().manual_seed(1)
+        self.tokens = torch.randint(VOCAB, (ROWS, MAX_LEN + 1), generator=generator)
+        self.drawn = self.tokens.clone()
+        tables = torch.randperm(blocks, generator=generator).view(ROWS, -1)
+        self.caches = [
+            PagedKVCache(args.n_layers, blocks, BLOCK, kv_heads, args.head_dim, dtype=torch.float32, device=CPU)
+            for _ in range(2)
+        ]
+        self.plain = PlainNetwork(copy.deepcopy(model), self.caches[0], self.tokens, tables)
+        self.decode_step = DecodeStep(model, self.caches[1], TensorParallel(), self.drawn, tables, BATCHES)
+        self.forward = FusedForward(model, self.decode_step.layers, self.caches[1], TensorParallel(), tables)
+
+    def expected(self, parts: list[Part], asked_N: torch.Tensor | None) -> torch.Tensor:
+        rows, positions = flat(parts)
+        decodes = [start + 1 for _, start, n in parts if n == 1]
+        prompts = [SequenceSlice(start, n) for _, start, n in parts if n > 1]
+        return self.plain(StepInputs(rows, positions, decodes, prompts, None, asked_N))
+
+    def mixed(self, parts: list[Part], asked_N: torch.Tensor | None) -> None:
+        """Parts of one token come first."""
+        from tpserve.model.fused_forward import Chunks
+
+        rows, positions = flat(parts)
+        prompts = [part for part in parts if part[2] > 1]
+        begins = [len(parts) - len(prompts)]
+        for _, _, n in prompts:
+            begins.append(begins[-1] + n)
+        chunks = Chunks(
+            torch.tensor([row for row, _, _ in prompts]), torch.tensor(begins),
+            torch.tensor([start for _, start, _ in prompts]),
+        )  # fmt: skip
+        got = self.forward(
+            self.tokens[rows, positions], rows, positions, begins[0], chunks if prompts else None, asked_N
+        )
+        self.compare(got, self.expected(parts, asked_N))
+
+    def staged(self, parts: list[Part], asked_N: torch.Tensor, bucket: int) -> None:
+        """As in a graph: padded, sequences that decode as chunks."""
+        from tpserve.model.fused_forward import Chunks
+        from tpserve.model.kernels.staging import Staged
+
+        rows, positions = flat(parts)
+        prompts = [part for part in parts if part[2] > 1]
+        begins = [len(parts) - len(prompts)]
+        for _, _, n in prompts:
+            begins.append(begins[-1] + n)
+        chunks_3P = torch.tensor([[*(p[0] for p in prompts), 0], begins, [*(p[1] for p in prompts), 0]])
+        staged = Staged.empty(64, 16, CPU)
+        staged.stage(bucket, rows, positions, begins[0], chunks_3P, asked_N)
+        rows_T, positions_T = staged.rows_T[:bucket], staged.positions_T[:bucket]
+        chunks = Chunks(staged.rows_P, staged.starts_P1, staged.contexts_P)
+        tokens_T = self.tokens[rows_T, positions_T.clamp(min=0)]
+        got = self.forward(tokens_T, rows_T, positions_T, 0, chunks, staged.logits_rows_N)
+        self.compare(got[: len(asked_N)], self.expected(parts, asked_N))
+
+    def decode(self, parts: list[Part], bucket: int) -> None:
+        """The most probable tokens, too, which are written where the next step reads them."""
+        from tpserve.model.kernels.staging import stage_decodes
+
+        rows, positions = flat(parts)
+        step, n = self.decode_step, len(parts)
+        self.drawn.copy_(self.tokens)
+        stage_decodes(bucket, rows, positions, step.rows_S, step.positions_S)
+        step.enqueue(bucket)
+        expected = self.expected(parts, None)
+        self.compare(step.logits_SV[:n], expected)
+        written = self.tokens.clone()
+        written[rows, positions + 1] = expected.argmax(-1)
+        assert torch.equal(step.draws.drawn_S[:n], expected.argmax(-1))
+        assert torch.equal(self.drawn, written)
+
+    def compare(self, got: torch.Tensor, expected: torch.Tensor) -> None:
+        """Logits, and what the caches hold."""
+        assert got.shape == expected.shape, (got.shape, expected.shape)
+        if len(expected):
+            assert ((got - expected).norm() / expected.norm()).item() < 3e-6
+        plain, fused = self.caches
+        for a, b in zip((*plain.k, *plain.v), (*fused.k, *fused.v), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
+
+
+def flat(parts: list[Part]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The row and the position of each token."""
+    rows = [row for row, _, n in parts for _ in range(n)]
+    return torch.tensor(rows), torch.tensor([p for _, start, n in parts for p in range(start, start + n)])
+
+
+def last(parts: list[Part]) -> torch.Tensor:
+    """Each part's last token."""
+    return torch.tensor([n for _, _, n in parts]).cumsum(0) - 1
+
+
+HEADS = ((4, 4), (4, 2))
+
+
+def check_mixed_steps() -> None:
+    for heads in HEADS:
+        both = Both(*heads)
+        for parts in (
+            [(0, 0, 9), (1, 0, 20), (2, 0, 40)],
+            [(0, 9, 1), (1, 20, 5), (3, 0, 3)],
+            [(row, 0, 4) for row in range(4, 22)],
+            [(0, 10, 1), (1, 25, 1), (2, 40, 1)],
+        ):
+            both.mixed(parts, last(parts))
+
+
+def check_steps_that_ask_for_other_rows() -> None:
+    both = Both(4, 2)
+    nothing = torch.zeros(0, dtype=torch.int64)
+    both.mixed([(row, 0, 7) for row in range(18)], nothing)
+    both.mixed([(row, 7, 5) for row in range(18)], None)
+    both.mixed([(0, 12, 1), (1, 12, 3)], nothing)
+    both.mixed([(0, 13, 1), (1, 15, 3)], torch.tensor([3, 0, 3, 3]))
+
+
+def check_padded_steps() -> None:
+    both = Both(4, 2)
+    for parts, bucket in (
+        ([(0, 0, 9), (1, 0, 20)], 32), ([(0, 9, 1), (2, 0, 11)], 16), ([(0, 10, 1), (1, 20, 1), (2, 11, 40)], 64),
+    ):  # fmt: skip
+        both.staged(parts, last(parts), bucket)
+
+
+def check_decode_steps() -> None:
+    both = Both(4, 2)
+    prompts: list[Part] = [(row, 0, 3 + 3 * row) for row in range(13)]
+    both.mixed(prompts, last(prompts))
+    for n, bucket in ((1, 1), (3, 4), (13, 16)):
+        both.decode([(row, 3 + 3 * row, 1) for row in range(n)], bucket)
+
+
+CHECKS: dict[str, Callable[[], None]] = {
+    name.removeprefix("check_"): function for name, function in list(globals().items()) if name.startswith("check_")
+}
+
+
+def main() -> None:
+    # A device of which the kernels' tables know something.
+    torch.cuda.get_device_properties = lambda *_: SimpleNamespace(multi_processor_count=4, major=9)
+    torch.cuda.get_device_capability = lambda *_: (9, 0)
+    found = {}
+    for name, check in CHECKS.items():
+        try:
+            with torch.no_grad():
+                check()
+        except Exception:  # noqa: BLE001 - told, and the next one goes on
+            found[name] = traceback.format_exc()
+        else:
+            found[name] = ""
+    Path(sys.argv[1]).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
