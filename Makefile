@@ -25,9 +25,8 @@ demo-chat: install
 test: install $(VENV)/interpreted
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3
 
-$(VENV)/interpreted: | $(STAMP)
+$(VENV)/interpreted: scripts/triton.sh | $(STAMP)
 	VENV=$(VENV) sh scripts/triton.sh
-	@mkdir -p $@
 
 # What `make test` has no time for: every fault on both fronts (it has a few), every TP size up to 8, `demo-chat`; `soak`: half an hour
 # of faults, FRONT=torchserve, MINUTES=10.

@@ -56,8 +56,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         step_timeout_s: without a heartbeat for so long, the group is taken for hung.
         enable_prefix_caching: prompts share the KV blocks of what they have in common with earlier ones.
         enable_chunked_prefill: long prompts are computed in pieces beside running streams; without it a prompt takes
-            one step (but one of over 512 tokens whose log-probabilities are asked for), and max_num_batched_tokens must
-            be at least max_seq_len.
+            one step (but where log-probabilities of prompts are asked for, of 512 tokens a step), and
+            max_num_batched_tokens must be at least max_seq_len.
         async_scheduling: a step is planned while the device computes the one before.
         multi_step_ms: where the host takes the cores that the device computes with (compiled steps on a CPU), a
             sequence that runs alone is planned for as many tokens as take no longer than this; they come together.

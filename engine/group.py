@@ -35,8 +35,8 @@ from tpserve.model.parallel import TensorParallel, num_kv_heads
 from tpserve.model.quantized import quantize, weight_bytes
 
 _CPU_KV_CACHE_BYTES = 1 << 30
-# Of a step's logits, float32, what is there at a time: while penalties are applied; while ranks' parts are joined.
-_SAMPLED_COPIES, _GATHERED_COPIES = 6, 3
+# Of a step's logits, float32, what is there at a time: while torch draws from them; while ranks' parts are joined.
+_SAMPLED_COPIES, _GATHERED_COPIES = 8, 3
 
 logger = logging.getLogger(__name__)
 

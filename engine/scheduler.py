@@ -112,9 +112,10 @@ class Scheduler:
 
     def _decode(self, plan: StepPlan) -> None:
         running = self.running.copy()
-        spare = min(self._config.max_num_batched_tokens - len(running), MAX_DRAFTS)
+        spare = self._config.max_num_batched_tokens - len(running)
         if self.waiting or any(seq.num_uncomputed_tokens > 1 for seq in running):
             spare //= 2  # prompts, too, are to go on
+        spare = min(spare, MAX_DRAFTS)
         for i, seq in enumerate(running):
             start, num_tokens = seq.num_computed_tokens, len(seq.token_ids) + seq.num_pending
             if num_tokens - start != 1 or seq.children or num_tokens >= seq.max_tokens:

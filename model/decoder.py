@@ -88,7 +88,7 @@ class FusedDecoder:
     @torch.no_grad()
     def capture(self, bucket: int) -> None:
         """Makes one bucket's graph: compiles and warms up its kernels on padding, then records them. Without the memory
-        for it, such steps stay as they are."""
+        to record them, such steps stay as they are."""
         if bucket in self._graphs:
             return
         current = torch.cuda.current_stream(self._device)

@@ -1,4 +1,4 @@
-"""The step as fused kernels and CUDA graphs on GPUs from Hopper on; see `network.py`.
+"""The step as fused kernels and CUDA graphs on GPUs of compute capability 9 and 10; see `network.py`.
 
 Shape suffixes: T tokens of the step, R rows of the batch state, L positions, B blocks of a table, N rows whose logits
 are asked for, V vocabulary, P chunks of prompts.

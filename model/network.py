@@ -2,7 +2,8 @@
 
 - `PlainNetwork`: `Llama.forward` with `PagedAttention`, on any device and in any type.
 - `CompiledNetwork`: the same, and a compiled step for a single sequence on a CPU.
-- `FusedNetwork` (`fused_network.py`): GPUs from Hopper on: CUDA graphs for small steps, fused kernels for others.
+- `FusedNetwork` (`fused_network.py`): compute capability 9 and 10; CUDA graphs for small steps, fused kernels
+  for others.
 
 Shape suffixes: T tokens of the step, R rows of the batch state, L positions, B blocks of a table, N rows whose logits
 are asked for, V vocabulary, P chunks of prompts.

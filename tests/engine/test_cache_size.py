@@ -61,4 +61,4 @@ def test_what_is_left_on_a_gpu(
     left = group._free_cuda_bytes(config, loaded)
     assert [[entry.num_query_tokens for entry in plan.entries] for plan in plans] == [prompts]
     foreign = TOTAL - FREE - RESERVED
-    assert left == TOTAL // 2 - foreign - PEAK - 4 * (6 * sampled + 3 * scored) * loaded.info.args.vocab_size
+    assert left == TOTAL // 2 - foreign - PEAK - 4 * (8 * sampled + 3 * scored) * loaded.info.args.vocab_size

@@ -138,6 +138,7 @@ def test_drafts_share_a_bound(running: int, each: int) -> None:
     run_step(scheduler)
     lengths = [len(entry.drafts) for entry in scheduler.schedule().entries]
     assert len(lengths) == running
+    assert lengths == sorted(lengths, reverse=True), "the oldest first"
     assert min(lengths) >= each
     assert sum(lengths) <= MAX_DRAFTS
 
