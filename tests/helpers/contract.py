@@ -74,7 +74,7 @@ def test_openai_lists_the_model(client: openai.OpenAI, address: Address) -> None
 
 
 def test_openai_streams_what_it_says_whole(client: openai.OpenAI, address: Address) -> None:
-    asked: dict[str, Any] = {"model": address.model, "messages": CHAT, "max_completion_tokens": 40, "seed": 3}
+    asked: dict[str, Any] = {"model": address.model, "messages": CHAT, "max_completion_tokens": 150, "seed": 3}
     whole = client.chat.completions.create(**asked, logprobs=True, top_logprobs=2)
     stream = client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
     chunks = list(stream)
