@@ -36,22 +36,22 @@ def test_latency_of_the_demo_model_beside_a_peer(tmp_path: Path) -> None:
     peer = tmp_path / "peer.py"
     peer.write_text(
         "import json, os, sys\n"
-        "rows = [['lat', b, n, 4, 1000.0, 100.0, 10.0] for b in (1, 2) for n in (8,)]\n"
+        "rows = [['lat', b, n, 60, 1000.0, 100.0, 10.0] for b in (1, 2) for n in (8,)]\n"
         f"assert sys.argv[1:] == [{checkpoint!r}, '1', '1,2', '8', '']\n"
         "json.dump(rows, open(os.environ['OUT'] + '/rows.json', 'w'))\n"
     )
     out = bench(
-        "latency", checkpoint, "--batch", "1,2", "--input_len", "8", "--output_len", "4", "--device", "cpu",
+        "latency", checkpoint, "--batch", "1,2", "--input_len", "8", "--output_len", "60", "--device", "cpu",
         "--pairs", "1", "--out", str(tmp_path / "o.json"), "--against",
         f"{sys.executable} {peer} {{model}} {{tp}} {{batches}} {{prompts}} '{{requests}}'",
     )  # fmt: skip
     figures = json.loads((tmp_path / "o.json").read_text())["figures"]
-    assert [(row["batch"], row["in"], row["out"]) for row in figures["rows"]] == [(1, 8, 4), (2, 8, 4)]
+    assert [(row["batch"], row["in"], row["out"]) for row in figures["rows"]] == [(1, 8, 60), (2, 8, 60)]
     for row in figures["rows"]:
         assert row["ratios"]["ttft_ms"]["ratio"] == pytest.approx(row["ttft_ms"] / 1000, rel=1e-2, abs=1e-4)
         assert 0 < row["roofline"]["a step"]["share"] < 1
         assert row["step_ms"] > 0
-    assert "| 1 x 8 in, 4 out |" in out
+    assert "| 1 x 8 in, 60 out |" in out
     assert "roofline, a step:" in out
 
 
