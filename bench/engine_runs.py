@@ -32,6 +32,10 @@ _CAPTURES_S = 4.0  # GPUs: graphs are captured behind the first requests; what i
 MODELS: dict[str, dict[str, Any]] = {
     "7B": {"dim": 4096, "n_layers": 32, "n_heads": 32, "multiple_of": 256, "norm_eps": 1e-5, "vocab_size": 32000},
     "13B": {"dim": 5120, "n_layers": 40, "n_heads": 40, "multiple_of": 256, "norm_eps": 1e-5, "vocab_size": 32000},
+    "8B": {
+        "dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "multiple_of": 1024, "ffn_dim_multiplier": 1.3,
+        "norm_eps": 1e-5, "vocab_size": 128256, "rope_theta": 500000.0,
+    },
     "70B": {
         "dim": 8192, "n_layers": 80, "n_heads": 64, "n_kv_heads": 8, "multiple_of": 4096, "ffn_dim_multiplier": 1.3,
         "norm_eps": 1e-5, "vocab_size": 32000,

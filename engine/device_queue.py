@@ -38,6 +38,7 @@ class Job(Generic[T]):
             self._result = self._function()
         except BaseException as e:  # noqa: BLE001 - whoever waits for it raises it
             self._error = e
+        del self._function  # which holds a step, that holds this job: a cycle a step, with all that it computed with
         self._done.release()
 
     def result(self) -> T:

@@ -225,6 +225,17 @@ def _free_cuda_bytes(config: EngineConfig, loaded: LoadedModel) -> int:
     """Memory for the KV cache: the configured share of the device, less weights, the largest step's activations, and
     the most logits that are ever asked for."""
     drafts = MAX_DRAFTS if config.num_speculative_tokens else 0
+    peak, foreign, total = _largest_step(config, loaded, drafts)
+    gc.collect()  # which does not run by itself yet: the weights that the runner joined must go before the next one's
+    torch.cuda.empty_cache()
+    rows = _SAMPLED_COPIES * (config.max_num_seqs + drafts)
+    rows += _GATHERED_COPIES * min(MAX_PROMPT_LOGITS, config.max_num_batched_tokens)
+    return max(0, int(total * config.gpu_memory_utilization) - foreign - peak - 4 * rows * loaded.info.args.vocab_size)
+
+
+def _largest_step(config: EngineConfig, loaded: LoadedModel, drafts: int) -> tuple[int, int, int]:
+    """Runs a step as large as any, with a cache of one sequence. Bytes: the most that torch has had meanwhile, what is
+    taken of the device beside torch's, all of the device."""
     longest, left = config.max_seq_len, config.max_num_batched_tokens
     if not config.enable_chunked_prefill:  # a prompt is not cut for what runs beside it
         left += config.max_num_seqs + drafts
@@ -248,10 +259,4 @@ def _free_cuda_bytes(config: EngineConfig, loaded: LoadedModel) -> int:
     peak = torch.cuda.max_memory_allocated(loaded.device)
     # With the runner still there: what its ranks reach of each other is not torch's own memory.
     free, total = torch.cuda.mem_get_info(loaded.device)
-    foreign = total - free - torch.cuda.memory_reserved(loaded.device)
-    del runner, cache
-    gc.collect()  # which does not run by itself yet
-    torch.cuda.empty_cache()
-    rows = _SAMPLED_COPIES * (config.max_num_seqs + drafts)
-    rows += _GATHERED_COPIES * min(MAX_PROMPT_LOGITS, config.max_num_batched_tokens)
-    return max(0, int(total * config.gpu_memory_utilization) - foreign - peak - 4 * rows * loaded.info.args.vocab_size)
+    return peak, total - free - torch.cuda.memory_reserved(loaded.device), total
