@@ -21,6 +21,7 @@ from typing import Any
 from tpserve.convert.describe import describe
 from tpserve.engine.client import EngineClient
 from tpserve.engine.config import EngineConfig
+from tpserve.engine.in_flight import NewRequest
 from tpserve.engine.options import split_options
 from tpserve.engine.protocol import RequestOutput
 from tpserve.engine.sampling_params import SamplingParams
@@ -54,8 +55,9 @@ class _Batch:
         self._done = threading.Event()
         self.tokens = 0
         params = SamplingParams(max_new_tokens=new, ignore_eos=True, **sampling)
-        for i, prompt in enumerate(prompts):
-            client.submit(f"{id(self)}/{i}", prompt, params, self._take)
+        client.submit_together(
+            [NewRequest(f"{id(self)}/{i}", prompt, params, self._take) for i, prompt in enumerate(prompts)]
+        )
 
     def _take(self, output: RequestOutput) -> None:
         with self._lock:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -17,7 +17,7 @@ import msgspec
 from tpserve.engine.config import EngineConfig
 from tpserve.engine.delivery import Delivery
 from tpserve.engine.errors import ConfigError, EngineError, OverloadedError, RequestError
-from tpserve.engine.in_flight import Request
+from tpserve.engine.in_flight import NewRequest, Request
 from tpserve.engine.limits import check_prompt, check_room, check_sequences, check_vocabulary
 from tpserve.engine.metrics import EngineMetrics
 from tpserve.engine.protocol import (
@@ -152,24 +152,42 @@ class EngineClient:
             OverloadedError: too many requests are waiting.
             EngineError: the engine has given up.
         """
-        if params.seed is None:
-            params = msgspec.structs.replace(params, seed=secrets.randbits(64))
-        self._check(Add(request_id, prompt_token_ids, params, priority=priority))
+        new = NewRequest(request_id, prompt_token_ids, params, on_output)
+        self.submit_together([new], priority=priority, timeout_s=timeout_s)
+
+    def submit_together(self, new: Sequence[NewRequest], *, priority: int = 0, timeout_s: float | None = None) -> None:
+        """Starts several requests, all of them or none: they are taken in before one and the same step.
+
+        Args:
+            new: see `submit`.
+            priority, timeout_s: of each; see `submit`.
+
+        Raises:
+            RequestError, OverloadedError, EngineError: see `submit`.
+        """
         now_s = time.monotonic()
         deadline_s = math.inf if timeout_s is None else now_s + timeout_s
-        request = Request(request_id, prompt_token_ids, params, on_output, priority, now_s, deadline_s)
+        requests = []
+        for request_id, prompt_token_ids, params, on_output in new:
+            if params.seed is None:
+                params = msgspec.structs.replace(params, seed=secrets.randbits(64))
+            self._check(Add(request_id, prompt_token_ids, params, priority=priority))
+            requests.append(Request(request_id, prompt_token_ids, params, on_output, priority, now_s, deadline_s))
         with self._lock:
             if self._keeper.failure is not None:
                 raise EngineError(f"the engine has given up: {self._keeper.failure}")
             if self._keeper.closing:
                 raise EngineError("the engine is shutting down")
-            if request_id in self._requests:
-                raise RequestError(f"request id {request_id!r} is in use", field="request_id")
+            ids: set[str] = set()
+            for request in requests:
+                if request.request_id in self._requests or request.request_id in ids:
+                    raise RequestError(f"request id {request.request_id!r} is in use", field="request_id")
+                ids.add(request.request_id)
             num_open, limit = len(self._requests), self.config.max_num_seqs + self.config.max_num_waiting
-            if num_open >= limit:
+            if num_open + len(requests) > limit:
                 retry_after_s = self._requests.retry_after_s(num_open - self.config.max_num_seqs, now_s)
                 raise OverloadedError(f"{num_open} requests are in flight, {limit} are admitted", retry_after_s)
-            self._delivery.submit(request)
+            self._delivery.submit(requests)
 
     def cancel(self, request_id: str, index: int | None = None) -> None:
         """Drops a request, or one of its answers. Unknown ones are ignored.

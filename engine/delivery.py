@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 
 from tpserve.engine.config import EngineConfig
 from tpserve.engine.errors import RequestError
@@ -42,11 +43,11 @@ class Delivery:
         self.health = Health(self.keeper, lambda: not len(self.requests))
         self._unfit: list[tuple[Request, str]] = []  # for the present group
 
-    def submit(self, request: Request) -> None:
-        """Books a request and sends it, unless it has to wait for suspects. The lock is held."""
-        self.requests.add(request)
-        if self.suspects.submitted(request.request_id, request.priority):
-            self.keeper.send(request.event())
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Books requests and sends them together, but those that have to wait for suspects. The lock is held."""
+        for request in requests:
+            self.requests.add(request)
+        self.keeper.send(*(r.event() for r in requests if self.suspects.submitted(r.request_id, r.priority)))
 
     def cancel(self, request_id: str, index: int | None) -> None:
         """See `EngineClient.cancel`."""

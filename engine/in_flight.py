@@ -7,6 +7,7 @@ import heapq
 import math
 from collections import deque
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 from tpserve.engine.metrics import EngineMetrics
 from tpserve.engine.protocol import Add, Choice, Outputs, RequestOutput
@@ -15,6 +16,15 @@ from tpserve.engine.suspects import Suspects
 
 _RATE_WINDOW_S = 60.0
 _MAX_RETRY_AFTER_S = 60
+
+
+class NewRequest(NamedTuple):
+    """What is asked for; see `EngineClient.submit`."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    on_output: Callable[[RequestOutput], None]
 
 
 @dataclasses.dataclass(slots=True)

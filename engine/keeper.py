@@ -118,10 +118,10 @@ class GroupKeeper:
         if self._thread.is_alive():
             self._thread.join()
 
-    def send(self, event: Event) -> None:
+    def send(self, *events: Event) -> None:
         """Tells the group, if one is ready; the next is told what counts by `replay`. Callers hold the lock."""
         if self._group is not None and self.info is not None:
-            self._group.send(event)
+            self._group.send(*events)
 
     def ask(self, question: Callable[[int], Event], num_answers: int | None, timeout_s: float) -> list[Any]:
         """Sends `question(id)` and waits for the answers with that id; `num_answers` None: one a rank.
@@ -259,8 +259,7 @@ class GroupKeeper:
         with self.changed:
             self.freshness.begin(now_s)
             events = self._owner.replay(info)
-            for event in events:
-                group.send(event)
+            group.send(*events)
             self.info = self.last_info = info
             self.changed.notify_all()
         self._recovery.ready(now_s, len(events))

@@ -79,10 +79,10 @@ class GroupOverNodes:
             for node in self._nodes:
                 self._hub.say(node, Go(self._name))
 
-    def send(self, event: Event) -> None:
-        """Sends an event to rank 0."""
+    def send(self, *events: Event) -> None:
+        """Sends events to rank 0; see `RankGroup`."""
         if self._local is not None:
-            self._local.send(event)
+            self._local.send(*events)
 
     def receive(self, timeout_s: float) -> list[Reply]:
         """What rank 0 said; waits at most so long for the first word, or for the end of a process on this machine."""

@@ -123,9 +123,11 @@ class RankGroup:
         self.has_gone = True
         os.write(self._go, b"g" * self._size)
 
-    def send(self, event: Event) -> None:
-        """Sends an event to rank 0; callers hold a lock, for a socket belongs to one thread at a time."""
-        self._events.send(self._encoder.encode(event))
+    def send(self, *events: Event) -> None:
+        """Sends events to rank 0, which takes all of them in before its next step; callers hold a lock, for a socket
+        belongs to one thread at a time."""
+        if events:
+            self._events.send_multipart([self._encoder.encode(event) for event in events])
 
     def receive(self, timeout_s: float) -> list[Reply]:
         """What rank 0 said; waits at most so long for the first word, or for the end of a process of the group."""

@@ -54,7 +54,7 @@ class ClientSocket:
         events: list[Event] = []
         wait_ms = int(timeout_s * 1000)
         while self._events.poll(wait_ms):
-            events.append(self._decoder.decode(self._events.recv()))
+            events += map(self._decoder.decode, self._events.recv_multipart())
             wait_ms = 0
         return events
 

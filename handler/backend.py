@@ -15,10 +15,10 @@ from tpserve.engine.completion import Completion
 from tpserve.engine.errors import EngineError, OverloadedError, RequestError, TpserveError
 from tpserve.engine.fields import shown
 from tpserve.engine.grammar_check import GrammarChecker, UnknownGrammarError
+from tpserve.engine.in_flight import NewRequest
 from tpserve.engine.metrics import CONTENT_TYPE, EngineMetrics
-from tpserve.engine.protocol import RankTrace, Ready, RequestOutput, Status
+from tpserve.engine.protocol import RankTrace, Ready, Status
 from tpserve.engine.requests import Prompt, RequestReader
-from tpserve.engine.sampling_params import SamplingParams
 from tpserve.engine.text.chat_template import ChatTemplate, default_template
 from tpserve.engine.text.tokenizer import Tokenizer
 from tpserve.engine.trace import chrome_trace
@@ -55,15 +55,8 @@ class Engine(Protocol):
     @property
     def info(self) -> Ready: ...
     def unhealthy_reason(self) -> str | None: ...
-    def submit(
-        self,
-        request_id: str,
-        prompt_token_ids: list[int],
-        params: SamplingParams,
-        on_output: Callable[[RequestOutput], None],
-        *,
-        priority: int = 0,
-        timeout_s: float | None = None,
+    def submit_together(
+        self, new: Sequence[NewRequest], *, priority: int = 0, timeout_s: float | None = None
     ) -> None: ...
     def cancel(self, request_id: str, index: int | None = None) -> None: ...
     def status(self, timeout_s: float = 5.0) -> Status: ...
@@ -239,15 +232,11 @@ class Backend:
         ]
         opened = make(engine_ids, completions)
         try:
-            for i, (engine_id, one) in enumerate(zip(engine_ids, inputs, strict=True)):
-                self.engine.submit(
-                    engine_id,
-                    one.token_ids,
-                    completions[i].params,
-                    functools.partial(opened.deliver, i),
-                    priority=priority,
-                    timeout_s=timeout_s,
-                )
+            new = [
+                NewRequest(engine_id, one.token_ids, completion.params, functools.partial(opened.deliver, i))
+                for i, (engine_id, one, completion) in enumerate(zip(engine_ids, inputs, completions, strict=True))
+            ]
+            self.engine.submit_together(new, priority=priority, timeout_s=timeout_s)
         except TpserveError:
             self.cancel(opened)
             raise

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +60,20 @@ def test_what_is_left_on_a_gpu(
         ("max_memory_allocated", PEAK), ("mem_get_info", (FREE, TOTAL)),
     ):  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
-    left = group._free_cuda_bytes(config, loaded)
+    made: list[weakref.ref[ModelRunner]] = []
+    init = ModelRunner.__init__
+
+    def counting(runner: ModelRunner, *args: Any, **more: Any) -> None:
+        init(runner, *args, **more)
+        made.append(weakref.ref(runner))
+
+    monkeypatch.setattr(ModelRunner, "__init__", counting)
+    gc.disable()  # as at a rank's start
+    try:
+        left = group._free_cuda_bytes(config, loaded)
+        assert [runner() for runner in made] == [None], "what it has joined would stay beside the next one's"
+    finally:
+        gc.enable()
     assert [[entry.num_query_tokens for entry in plan.entries] for plan in plans] == [prompts]
     foreign = TOTAL - FREE - RESERVED
     assert left == TOTAL // 2 - foreign - PEAK - 4 * (8 * sampled + 3 * scored) * loaded.info.args.vocab_size

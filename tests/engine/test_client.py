@@ -13,6 +13,8 @@ from tests.helpers.requests import Collected
 from tpserve.engine.client import EngineClient
 from tpserve.engine.config import EngineConfig
 from tpserve.engine.errors import ConfigError, OverloadedError, RequestError
+from tpserve.engine.in_flight import NewRequest
+from tpserve.engine.protocol import RequestOutput
 from tpserve.engine.sampling_params import SamplingParams
 
 rng = random.Random(11)
@@ -174,6 +176,28 @@ def test_a_full_queue_answers_429(client: EngineClient, tiny_config: EngineConfi
     for stream in streams:
         client.cancel(stream.request_id)
     assert_idle(client)
+
+
+def test_of_requests_together_all_are_taken_or_none(client: EngineClient, tiny_config: EngineConfig) -> None:
+    good = NewRequest("good", [3], SamplingParams(max_new_tokens=1), _nobody)
+    limit = tiny_config.max_num_seqs + tiny_config.max_num_waiting
+    for field, others in {
+        "temperature": [good._replace(request_id="bad", params=SamplingParams(temperature=-1.0))],
+        "prompt_token_ids": [good._replace(request_id="bad", prompt_token_ids=[])],
+        "request_id": [good],
+    }.items():
+        with pytest.raises(RequestError) as refused:
+            client.submit_together([good, *others])
+        assert refused.value.field == field
+    with pytest.raises(OverloadedError):
+        client.submit_together([good._replace(request_id=str(i)) for i in range(limit + 1)])
+    client.submit_together([])
+    assert Collected(client, [3], max_new_tokens=1, ignore_eos=True).wait()
+    assert_idle(client)
+
+
+def _nobody(output: RequestOutput) -> None:
+    raise AssertionError(output)
 
 
 def test_preempted_requests_say_the_same(tiny_config: EngineConfig, client: EngineClient) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tests.text.models import load, tiny_model
 from tpserve.engine.errors import RequestError
+from tpserve.engine.in_flight import NewRequest
 from tpserve.engine.metrics import EngineMetrics
 from tpserve.engine.protocol import RankStatus, RankTrace, Ready, RequestOutput, Span, Status
 from tpserve.engine.requests import RequestReader
@@ -41,23 +42,16 @@ class FakeEngine:
     def unhealthy_reason(self) -> str | None:
         return None if self.ready else (self.failure or "the rank group is starting")
 
-    def submit(
-        self,
-        request_id: str,
-        prompt_token_ids: list[int],
-        params: SamplingParams,
-        on_output: Callable[[RequestOutput], None],
-        *,
-        priority: int = 0,
-        timeout_s: float | None = None,
-    ) -> None:
-        params.validate()
+    def submit_together(self, new: Sequence[NewRequest], *, priority: int = 0, timeout_s: float | None = None) -> None:
+        for request in new:
+            request.params.validate()
         if self.refusal is not None:
             raise self.refusal
-        if request_id in self.submitted:
+        if any(request.request_id in self.submitted for request in new):
             raise RequestError("in use")
-        self.submitted[request_id] = (prompt_token_ids, params, on_output)
-        self.urgency[request_id] = (priority, timeout_s)
+        for request_id, *asked in new:
+            self.submitted[request_id] = tuple(asked)
+            self.urgency[request_id] = (priority, timeout_s)
 
     def cancel(self, request_id: str, index: int | None = None) -> None:
         if index is not None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from tests.handler.fakes import FakeContext, FakeEngine, backend, body, tokenizer
 from tests.handler.frontend import HELLO, Frontend, ids_of
 from tpserve.engine.errors import EngineError, OverloadedError
+from tpserve.engine.in_flight import NewRequest
 from tpserve.engine.text.tokenizer import PieceKind
 from tpserve.handler.blocking import handle_batch
 from tpserve.handler.mailbox import Mailbox
@@ -211,10 +213,11 @@ def test_health_and_status(engine: FakeEngine, frontend: Frontend) -> None:
 
 def test_a_classic_batch_waits_for_all_and_streams_nothing(engine: FakeEngine) -> None:
     class Talkative(FakeEngine):
-        def submit(self, request_id: str, *rest: Any, **urgency: Any) -> None:
-            super().submit(request_id, *rest, **urgency)
-            self.say(request_id, ids_of("the cat")[:1])
-            self.say(request_id, ids_of("the cat")[1:], "stop")
+        def submit_together(self, new: Sequence[NewRequest], **urgency: Any) -> None:
+            super().submit_together(new, **urgency)
+            for request in new:
+                self.say(request.request_id, ids_of("the cat")[:1])
+                self.say(request.request_id, ids_of("the cat")[1:], "stop")
 
     pairs = [body(HELLO), body({"prompt": "x", "top_p": 2}), body(b"raw", "")]
     context = FakeContext(["a", "b", "c"], [headers for _, headers in pairs])

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import pytest
 from tests.handler.fakes import FakeEngine
 from tests.handler.frontend import ids_of
 from tests.handler.web import Web, serving, wait_for
+from tpserve.engine.in_flight import NewRequest
 
 FOLDER = Path(__file__).resolve().parents[2] / "handler" / "page"
 
@@ -104,15 +105,15 @@ def test_the_script_finds_what_it_looks_for(page: Page) -> None:
 class Talker(FakeEngine):
     """Answers by itself; an answer of 100 tokens and more never ends."""
 
-    def submit(self, request_id: str, *args: Any, **kwargs: Any) -> None:
-        super().submit(request_id, *args, **kwargs)
-        endless = args[1].max_new_tokens >= 100
+    def submit_together(self, new: Sequence[NewRequest], **kwargs: Any) -> None:
+        super().submit_together(new, **kwargs)
 
         def talk() -> None:
-            self.say(request_id, ids_of("once upon"))
-            if not endless:
-                time.sleep(0.1)
-                self.say(request_id, ids_of("a time"), "stop")
+            for request in new:
+                self.say(request.request_id, ids_of("once upon"))
+                if request.params.max_new_tokens < 100:
+                    time.sleep(0.1)
+                    self.say(request.request_id, ids_of("a time"), "stop")
 
         threading.Timer(0.02, talk).start()
 

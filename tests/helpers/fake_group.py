@@ -60,8 +60,8 @@ class FakeGroup:
         for reply in replies:
             self._replies.put(reply)
 
-    def send(self, event: Event) -> None:
-        self.events.append(event)
+    def send(self, *events: Event) -> None:
+        self.events += events
 
     def receive(self, timeout_s: float) -> list[Reply]:
         try:
