@@ -11,9 +11,9 @@ from tpserve.bench.roofline import H200
 from tpserve.model.args import ModelArgs
 
 TEXT = """\
-Llama-2 shapes, bf16, random weights, greedy; client, scheduler, paged cache and sampler included. "Of floor": the time
-to read the weights and the KV once at 4.24 TB/s, by the time that a step took. The peer is vLLM 0.26, after ours on the
-same machine; where it is missing it was not measured.
+Shapes of Llama 2 and 3.1 (8B), bf16, random weights, greedy; client, scheduler, paged cache and sampler included. "Of
+floor": the time to read the weights and the KV once at 4.24 TB/s, by the time that a step took. The peer is vLLM 0.26,
+after ours on the same machine; where it is missing it was not measured.
 
 Rooflines (`bench/roofline.py` says what is counted) are by ceilings that the same run measured: the columns
 "here". Where they say 4.24 and 790, the result is older, and they are another H200's."""
@@ -70,11 +70,24 @@ def _rooflines(row: Row) -> dict[str, Any]:
 
 
 def summary(results: dict[str, Result]) -> str:
-    """README's: a row a figure, a pair of columns each model and number of GPUs."""
+    """README's: of whole machines; then of models by themselves, beside the peer, greedy."""
+    alone = [
+        result
+        for name, result in results.items()
+        if name.startswith("gpu_")
+        and not result["figures"]["options"]
+        and any(row.get("peer") for row in result["figures"]["rows"])
+    ]
+    tables = [_side_by_side([results[name] for name in by_machine(results)])]
+    return "\n\n".join([*tables, _side_by_side(alone)] if alone else tables)
+
+
+def _side_by_side(results: list[Result]) -> str:
+    """A row a figure, a pair of columns each model and number of GPUs."""
     cells: dict[tuple[str, str, int, int], dict[tuple[str, int], Row]] = {}
     columns: dict[tuple[str, int], None] = {}
-    for name in by_machine(results):
-        for row in results[name]["figures"]["rows"]:
+    for result in results:
+        for row in result["figures"]["rows"]:
             column = (row["model"], row["tp"])
             columns[column] = None
             if not row.get("first", True):
