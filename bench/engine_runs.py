@@ -28,6 +28,7 @@ from tpserve.engine.sampling_params import SamplingParams
 from tpserve.model.args import ModelArgs
 from tpserve.model.checkpoint import CheckpointInfo
 
+_TOGETHER = 16  # requests: about what the first step has room for; checking all 256 before would keep it waiting
 _CAPTURES_S = 4.0  # GPUs: graphs are captured behind the first requests; what is measured then is how it goes on
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -55,9 +56,9 @@ class _Batch:
         self._done = threading.Event()
         self.tokens = 0
         params = SamplingParams(max_new_tokens=new, ignore_eos=True, **sampling)
-        client.submit_together(
-            [NewRequest(f"{id(self)}/{i}", prompt, params, self._take) for i, prompt in enumerate(prompts)]
-        )
+        new = [NewRequest(f"{id(self)}/{i}", prompt, params, self._take) for i, prompt in enumerate(prompts)]
+        for first in range(0, len(new), _TOGETHER):
+            client.submit_together(new[first : first + _TOGETHER])
 
     def _take(self, output: RequestOutput) -> None:
         with self._lock:

@@ -186,7 +186,8 @@ class EngineClient:
             num_open, limit = len(self._requests), self.config.max_num_seqs + self.config.max_num_waiting
             if num_open + len(requests) > limit:
                 retry_after_s = self._requests.retry_after_s(num_open - self.config.max_num_seqs, now_s)
-                raise OverloadedError(f"{num_open} requests are in flight, {limit} are admitted", retry_after_s)
+                more = f", {len(requests)} more were asked for together" if len(requests) > 1 else ""
+                raise OverloadedError(f"{num_open} requests are in flight, {limit} are admitted{more}", retry_after_s)
             self._delivery.submit(requests)
 
     def cancel(self, request_id: str, index: int | None = None) -> None:

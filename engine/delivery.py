@@ -122,8 +122,7 @@ class Delivery:
         self._tell(requests, finish_reason, error)
 
     def _send_due(self, now_s: float) -> None:
-        for name in self.suspects.due(now_s):
-            self.keeper.send(self.requests[name].event())
+        self.keeper.send(*(self.requests[name].event() for name in self.suspects.due(now_s)))
 
     def _tell(self, requests: list[Request], finish_reason: str, error: str | None) -> None:
         for request in requests:

@@ -189,7 +189,7 @@ def test_of_requests_together_all_are_taken_or_none(client: EngineClient, tiny_c
         with pytest.raises(RequestError) as refused:
             client.submit_together([good, *others])
         assert refused.value.field == field
-    with pytest.raises(OverloadedError):
+    with pytest.raises(OverloadedError, match=f"{limit} are admitted, {limit + 1} more"):
         client.submit_together([good._replace(request_id=str(i)) for i in range(limit + 1)])
     client.submit_together([])
     assert Collected(client, [3], max_new_tokens=1, ignore_eos=True).wait()
