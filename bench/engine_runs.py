@@ -56,9 +56,9 @@ class _Batch:
         self._done = threading.Event()
         self.tokens = 0
         params = SamplingParams(max_new_tokens=new, ignore_eos=True, **sampling)
-        new = [NewRequest(f"{id(self)}/{i}", prompt, params, self._take) for i, prompt in enumerate(prompts)]
-        for first in range(0, len(new), _TOGETHER):
-            client.submit_together(new[first : first + _TOGETHER])
+        requests = [NewRequest(f"{id(self)}/{i}", prompt, params, self._take) for i, prompt in enumerate(prompts)]
+        for first in range(0, len(requests), _TOGETHER):
+            client.submit_together(requests[first : first + _TOGETHER])
 
     def _take(self, output: RequestOutput) -> None:
         with self._lock:
