@@ -1,5 +1,5 @@
 #!/bin/sh
-# Triton for tests/interpreted, which runs kernels on a CPU: beside $VENV, not in it, where torch's compiler for CPUs would find it.
+# Triton for tests/interpreted, which runs kernels on a CPU, and compiles them for GPUs: beside $VENV, not in it, where torch's compiler for CPUs would find it.
 set -eu
 : "${VENV:=.venv}"
 if "$VENV/bin/python" -c "import triton" 2>/dev/null; then
