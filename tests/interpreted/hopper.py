@@ -1,5 +1,5 @@
-"""Compiles what a start compiles, for a Hopper GPU, where there is none: all kernels of a network of real widths, on
-one rank and on one of two. Nothing is launched.
+"""Compiles what a start compiles, for a Hopper GPU, where there is none: the kernels of a network of real widths, all
+of a rank of two, and those of one rank's decode steps and draws. Nothing is launched.
 
     TRITON_CACHE_DIR=FOLDER python -m tests.interpreted.hopper OUT.json
 """
@@ -82,15 +82,18 @@ def main() -> None:
     log = Log()
     precompile.logger.addHandler(log)
     precompile.logger.setLevel(logging.INFO)
-    for size in (1, 2):
+    # On two ranks all; on one what decodes, of each way one, and draws: the others differ by numbers only.
+    for size, batches in ((2, variants.BATCHES), (1, [1, 8, 64])):
+        monkeypatch.setattr(variants, "BATCHES", batches)
         with monkeypatch.context() as patches, torch.no_grad():
             ways = variants.Ways(patches, torch.bfloat16, size, size > 1, True)
             decoder: Any = FusedDecoder.__new__(FusedDecoder)
             decoder.step, decoder.buckets, decoder._stage_decodes = ways.decode, variants.BATCHES, lambda *_: None
             with precompile.compiled_together(CPU, TensorParallel()):
-                ways.mixed.compile()
                 decoder.enqueue_all()
-                if size == 1:
+                if size == 2:
+                    ways.mixed.compile()
+                else:
                     tokens_RL = torch.zeros(variants.ROWS, variants.MAX_LEN, dtype=torch.int64)
                     RandomDraws(variants.ROWS, 32000, tokens_RL).enqueue_all(ways.decode.logits_SV[:1])
     folder = Path(os.environ["TRITON_CACHE_DIR"])
