@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 _RECORD = 2  # bytes of a number in the pipe
-MAX_CALLS = 16_384  # of one round: what a pipe has room for, at least on Linux
+MAX_CALLS = 2048  # of one round: what a pipe has room for, however many there are
 
 logger = logging.getLogger(__name__)
 
