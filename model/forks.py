@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 _RECORD = 2  # bytes of a number in the pipe
-MAX_CALLS = 2048  # of one round: what a pipe has room for, however many there are
+MAX_CALLS = 2048  # of one round: a page, for which every pipe has room
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ def do_in_forks(work: Callable[[int], object], calls: int, processes: int, patie
 
     What a call returns or raises, and what it changes in memory, is lost: whoever needs a result looks for it on disk,
     and finds some missing. A fork that dies takes its call with it; when none has been done with anything for
-    `patience_s`, all are killed. A fork may use what this process has of CUDA as little as torch lets it.
+    `patience_s`, all are killed. Where this process has begun to use CUDA, a fork cannot use it.
 
     Args:
         work: must not wait for other threads of this process, of which a fork has none.

@@ -3,7 +3,7 @@
 Inside `compiled_together` no kernel is launched (what one left out would have written, the next would read); those that
 are not compiled yet are noted. When it ends, all that were noted are compiled, by forks of this process, which leave
 them in Triton's cache on disk: threads take turns at what is Python (7B's 72 kernels took 16 of them 11 to 12 s, where
-one thread of another machine takes 30). What runs inside must not look at what kernels compute. The noted come from
+one thread of another machine takes 27). What runs inside must not look at what kernels compute. The noted come from
 Triton's own hook, which hands out what `JITFunction.preload` takes; `run` is told to warm up only.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls

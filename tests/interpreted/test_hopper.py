@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 
-from tests.interpreted.test_kernels import BESIDE, ROOT
+from tests.interpreted.beside import found_by
 
 SHARED_BYTES = 227 << 10  # of a Hopper GPU's program, by CUDA's table of compute capabilities
 SOME = {"_prefill_kernel", "_decode_kernel", "_product_kernel", "_qkv_kernel", "_gate_up_kernel", "_sum_kernel"}
@@ -20,19 +16,9 @@ SOME = {"_prefill_kernel", "_decode_kernel", "_product_kernel", "_qkv_kernel", "
 @pytest.fixture(scope="module")
 def starts(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Of a machine's first start, and of its second: what is on disk after it, and what was told."""
-    if importlib.util.find_spec("triton") is None and not (BESIDE / "triton").is_dir():
-        pytest.skip("Triton is not installed: make test")
-    folder, found = tmp_path_factory.mktemp("hopper"), []
-    env = os.environ | {
-        "PYTHONPATH": os.pathsep.join((str(ROOT), str(BESIDE))), "TRITON_CACHE_DIR": str(folder / "kernels"),
-    }  # fmt: skip
-    for i in range(2):
-        out = folder / f"{i}.json"
-        # Others measure time meanwhile.
-        command = ["nice", "-n", "10", sys.executable, "-m", "tests.interpreted.hopper", str(out)]
-        subprocess.run(command, cwd=ROOT, env=env, timeout=280, check=True)
-        found.append(json.loads(out.read_text()))
-    return found
+    folder = tmp_path_factory.mktemp("hopper")
+    env = {"TRITON_CACHE_DIR": str(folder / "kernels")}
+    return [found_by("hopper", folder / f"{i}.json", env) for i in range(2)]
 
 
 def test_every_kernel_compiles(starts: list[dict[str, Any]]) -> None:
