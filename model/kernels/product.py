@@ -137,6 +137,33 @@ def widened(w):
 
 
 @triton.jit
+def in_bfloat16(w):
+    """Weights in bfloat16, exactly.
+
+    An integer has seven bits and a sign of weight -128. Below the exponent of 2^7 the seven are 128 + them, and the
+    eighth, which is the exponent's last, makes 128 or 256: what is taken off.
+    """
+    if w.dtype == tl.int8:
+        return tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 a, b, c, d;
+            prmt.b32 a, $2, 0x43434343, 0x4140;
+            prmt.b32 b, $2, 0x43434343, 0x4342;
+            and.b32 c, a, 0xFF7FFF7F;
+            and.b32 d, b, 0xFF7FFF7F;
+            and.b32 a, a, 0xFF80FF80;
+            and.b32 b, b, 0xFF80FF80;
+            sub.rn.bf16x2 $0, c, a;
+            sub.rn.bf16x2 $1, d, b;
+            }
+            """,
+            "=r,=r,r", [w], dtype=tl.bfloat16, is_pure=True, pack=4,
+        )  # fmt: skip
+    return w.to(tl.float32).to(tl.bfloat16)
+
+
+@triton.jit
 def _some_rows(
     x_ptr, w_ptr, rows, last, k0, K: tl.constexpr, DEPTH: tl.constexpr,
     MP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
@@ -187,7 +214,7 @@ def _widened_rows(
             there = k + at < DEPTH
             w = tl.load(w_at + k, mask=tl.expand_dims(there, -2), other=0.0)
             x = tl.load(x_at + k, mask=x_there & tl.expand_dims(there, -1), other=0.0)
-        y = tl.dot(widened(w).to(x.dtype), x, y)
+        y = tl.dot(in_bfloat16(w), x, y)
     if PARTS > 1:
         y = tl.sum(y, 0)
     return y

@@ -83,6 +83,14 @@ _SMALL, _MEDIUM = 144, 290
 _WIDE = 8192  # D from which rows are so long that other tiles are best (70B on 4 ranks: 408 MiB)
 
 
+def _whole(dim: int, qkv_rows: int) -> str:
+    """Which of the models that were measured on one GPU a layer is most like. What decides is how many programs there
+    are beside how many run at a time, 132 or a few times as many, which changes by leaps."""
+    if dim > 4096:
+        return "13B"
+    return "8B" if qkv_rows < 2 * dim else "7B"  # heads of keys that several heads of queries share
+
+
 def choose_tiles(
     s: int, dim: int, head_dim: int, layer_bytes: int, weights: tuple[Matrix, Matrix, Matrix, Matrix]
 ) -> Tiles:
@@ -100,7 +108,8 @@ def choose_tiles(
         if weight.q.dtype == torch.float32:
             return _float32(s)
         if weight.scale is None:
-            return _one(dim, mib) if s == 1 else _few(dim, mib)
+            whole = _whole(dim, weights[0].shape[0])
+            return _one(dim, mib, whole) if s == 1 else _few(dim, mib, whole)
         return _fewer_bits(weight.scheme, dim) if s == 1 else _few_of_fewer_bits(weight.scheme)
 
     qkv, wo, gate_up, down = (of(weight) for weight in weights)
@@ -167,14 +176,21 @@ def _fewer_bits(scheme: str, dim: int) -> Tiles:
 
 
 def _few_of_fewer_bits(scheme: str) -> Tiles:
-    tile, head = Tile(32, 512, 4, 3), Tile(64, 256, 4, 5)
+    """What a program streams of the rows of x is half as much as of its 32 rows of the weight, or as much as of 16."""
+    head = Tile(64, 256, 4, 5)
     if scheme == "int4":
-        tiles = Tiles(tile, Tile(16, 1024, 8, 3), Tile(32, 512, 4, 4), Tile(16, 1024, 8, 3), head)
+        tiles = Tiles(Tile(32, 512, 4, 3), Tile(16, 1024, 8, 3), Tile(32, 512, 4, 3), Tile(16, 1024, 8, 3), head)
         return tiles.all_with(prefetch=1024, early=True)
-    return Tiles(tile, tile, tile, tile, head).all_with(early=True)
+    if scheme == "int8":
+        wide = Tile(32, 512, 4, 4)
+        tiles = Tiles(wide, Tile(16, 1024, 4, 4), wide, Tile(32, 1024, 4, 4), head)
+    else:
+        wide, down = Tile(32, 512, 2, 4), Tile(16, 512, 4, 6)
+        tiles = Tiles(wide, down, wide, down, head)
+    return tiles.all_with(prefetch=512, early=True)
 
 
-def _one(dim: int, mib: float) -> Tiles:
+def _one(dim: int, mib: float, whole: str) -> Tiles:
     head = Tile(16, 512, 4, 3)
     if mib < _SMALL:
         tiles = Tiles(Tile(8, 512, 4, 3), Tile(8, 512, 4, 1), Tile(16, 512, 4, 1), Tile(8, 1024, 4, 3), head)
@@ -184,13 +200,12 @@ def _one(dim: int, mib: float) -> Tiles:
         return tiles.all_with(prefetch=512)
     if dim >= _WIDE:
         return Tiles(Tile(8, 1024, 2, 3), Tile(8, 512, 4, 1), Tile(4, 2048, 4, 1), Tile(8, 512, 4, 1), head)
-    tile = Tile(8, 1024, 4, 3)
-    return Tiles(Tile(16, 512, 4, 3), Tile(8, 512, 4, 3), tile, Tile(4, 1024, 2, 3), tile).all_with(
-        prefetch=1024, early=True
-    )
+    wide, deep, small = Tile(16, 512, 4, 3), Tile(8, 1024, 4, 3), Tile(8, 512, 4, 3)
+    qkv, wo, down = {"7B": (wide, small, deep), "8B": (deep, small, deep), "13B": (deep, wide, small)}[whole]
+    return Tiles(qkv, wo, Tile(4, 1024, 2, 3), down, deep).all_with(prefetch=1024, early=True)
 
 
-def _few(dim: int, mib: float) -> Tiles:
+def _few(dim: int, mib: float, whole: str) -> Tiles:
     head, down = Tile(64, 256, 4, 5), Tile(32, 512, 4, 5)
     if mib < _SMALL:
         tiles = Tiles(Tile(32, 256, 2, 4), Tile(32, 256, 4, 4), Tile(32, 256, 4, 5), down, head)
@@ -199,4 +214,9 @@ def _few(dim: int, mib: float) -> Tiles:
         return Tiles(Tile(32, 128, 2, 4), down, Tile(32, 256, 2, 4), down, head).all_with(prefetch=512)
     if dim >= _WIDE:
         return Tiles(down, Tile(32, 256, 4, 5), Tile(32, 256, 4, 5), down, head).all_with(prefetch=512)
-    return Tiles(Tile(32, 256, 2, 4), down, Tile(32, 512, 4, 3), down, head).all_with(early=True)
+    qkv, gate_up = Tile(32, 256, 2, 4), Tile(32, 256, 2, 3)
+    if whole == "7B":
+        gate_up = Tile(32, 512, 4, 3)
+    elif whole == "13B":
+        qkv, down = Tile(32, 128, 2, 6), Tile(64, 256, 4, 5)
+    return Tiles(qkv, down, gate_up, down, head).all_with(prefetch=512, early=True)
