@@ -2,14 +2,15 @@
 weights, or of a checkpoint.
 
 Random prompts, greedy unless asked otherwise, no EOS; client, sockets, scheduler, paged cache and sampler are those
-that serve. The method is that of the peer's benchmark: time to first token is the fastest of four runs of one token; a
-step is the difference to the fastest of two runs of `new` tokens, divided by the steps between; throughput is the
-median over several runs of all output tokens by the time from the first submission to the last token. `roofline` says
-what each could have taken.
+that serve. Time to first token is the median of seven runs of one token; a step is the difference to the median of
+three runs of `new` tokens, divided by the steps between; throughput is the median over several runs of all output
+tokens by the time from the first submission to the last token. `roofline` says what each could have taken. The gap is
+what the device waits between two steps, in the middle of the answers.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 import statistics
 import tempfile
@@ -21,14 +22,17 @@ from typing import Any
 from tpserve.convert.describe import describe
 from tpserve.engine.client import EngineClient
 from tpserve.engine.config import EngineConfig
+from tpserve.engine.errors import EngineError
 from tpserve.engine.in_flight import NewRequest
 from tpserve.engine.options import split_options
-from tpserve.engine.protocol import RequestOutput
+from tpserve.engine.protocol import RankTrace, RequestOutput
 from tpserve.engine.sampling_params import SamplingParams
 from tpserve.model.args import ModelArgs
 from tpserve.model.checkpoint import CheckpointInfo
 
 _TOGETHER = 16  # requests: about what the first step has room for; checking all 256 before would keep it waiting
+_FIRSTS, _WHOLES = 7, 3  # runs of one token, and of all
+_TRACED = 100  # steps, between which gaps are measured
 _CAPTURES_S = 4.0  # GPUs: graphs are captured behind the first requests; what is measured then is how it goes on
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -56,9 +60,10 @@ class _Batch:
         self._done = threading.Event()
         self.tokens = 0
         params = SamplingParams(max_new_tokens=new, ignore_eos=True, **sampling)
-        requests = [NewRequest(f"{id(self)}/{i}", prompt, params, self._take) for i, prompt in enumerate(prompts)]
-        for first in range(0, len(requests), _TOGETHER):
-            client.submit_together(requests[first : first + _TOGETHER])
+        self._client = client
+        self._requests = [NewRequest(f"{id(self)}/{i}", prompt, params, self._take) for i, prompt in enumerate(prompts)]
+        for first in range(0, len(prompts), _TOGETHER):
+            client.submit_together(self._requests[first : first + _TOGETHER])
 
     def _take(self, output: RequestOutput) -> None:
         with self._lock:
@@ -72,6 +77,11 @@ class _Batch:
     def wait(self) -> None:
         """Until the last token."""
         assert self._done.wait(600), "timed out"
+
+    def cancel(self) -> None:
+        """Nobody waits for the rest."""
+        for request in self._requests:
+            self._client.cancel(request.request_id)
 
 
 class Engine:
@@ -116,8 +126,7 @@ class Engine:
 
     def run(self, n: int, prompt_tokens: int, new: int) -> float:
         """Seconds that `n` requests take together."""
-        vocab = self.args.vocab_size
-        prompts = [[self._rng.randrange(10, vocab - 10) for _ in range(prompt_tokens)] for _ in range(n)]
+        prompts = self._prompts(n, prompt_tokens)
         started_s = time.perf_counter()
         batch = _Batch(self.client, prompts, new, self._sampling)
         batch.wait()
@@ -125,20 +134,55 @@ class Engine:
         assert batch.tokens == n * new, "tokens are missing"
         return elapsed_s
 
+    def gap(self, n: int, prompt_tokens: int, new: int) -> dict[str, float] | None:
+        """What the device does nothing between one step's end and the next one's start while `n` requests are in the
+        middle of their answers: "median", "p99", "longest" in µs, of the rank with the largest median, and "steps".
+        None: answers of `new` tokens end before it is measured.
+        """
+        batch = _Batch(self.client, self._prompts(n, prompt_tokens), new, self._sampling)
+        while batch.tokens < n * new // 4:
+            time.sleep(1e-3)
+        try:
+            traces = self.client.trace(max(2, min(_TRACED, new // 2)), timeout_s=10.0)
+        except EngineError:
+            return None
+        finally:
+            batch.cancel()
+        gaps = [gap for gap in map(_gap, traces) if gap]
+        return max(gaps, key=lambda gap: gap["median"], default=None)
+
+    def _prompts(self, n: int, length: int) -> list[list[int]]:
+        vocab = self.args.vocab_size
+        return [[self._rng.randrange(10, vocab - 10) for _ in range(length)] for _ in range(n)]
+
     def close(self) -> None:
         """Ends the group."""
         self.client.close()
         self._folder.cleanup()
 
 
+def _gap(trace: RankTrace) -> dict[str, float] | None:
+    steps = sorted((span.start_ns, span.duration_ns) for span in trace.spans if span.track == "device")
+    gaps_us = sorted(1e-3 * (b - a - length) for (a, length), (b, _) in itertools.pairwise(steps))
+    if not gaps_us:
+        return None
+    return {"median": statistics.median(gaps_us), "p99": gaps_us[int(0.99 * (len(gaps_us) - 1))],
+            "longest": gaps_us[-1], "steps": len(steps)}  # fmt: skip
+
+
 def latency(engine: Engine, batch: int, prompt_tokens: int, new: int) -> dict[str, Any]:
-    """Time to first token and time of a decode step, in ms."""
+    """Time to first token and time of a decode step, in ms; "fastest": of the runs, as others report it."""
     engine.run(batch, prompt_tokens, 16)
-    first_s = min(engine.run(batch, prompt_tokens, 1) for _ in range(4))
-    whole_s = min(engine.run(batch, prompt_tokens, new) for _ in range(2))
-    step_ms = 1e3 * (whole_s - first_s) / (new - 1)
-    return {"kind": "lat", "batch": batch, "in": prompt_tokens, "out": new, "ttft_ms": 1e3 * first_s,
-            "step_ms": step_ms, "tokens_per_s": 1e3 * batch / step_ms}  # fmt: skip
+    firsts_s = [engine.run(batch, prompt_tokens, 1) for _ in range(_FIRSTS)]
+    wholes_s = [engine.run(batch, prompt_tokens, new) for _ in range(_WHOLES)]
+
+    def figures(first_s: float, whole_s: float) -> dict[str, float]:
+        return {"ttft_ms": 1e3 * first_s, "step_ms": 1e3 * (whole_s - first_s) / (new - 1)}
+
+    typical = figures(statistics.median(firsts_s), statistics.median(wholes_s))
+    return {"kind": "lat", "batch": batch, "in": prompt_tokens, "out": new, **typical,
+            "tokens_per_s": 1e3 * batch / typical["step_ms"], "fastest": figures(min(firsts_s), min(wholes_s)),
+            "gap_us": engine.gap(batch, prompt_tokens, new)}  # fmt: skip
 
 
 def throughput(engine: Engine, requests: int, prompt_tokens: int, new: int, runs: int = 3) -> dict[str, Any]:
@@ -146,4 +190,5 @@ def throughput(engine: Engine, requests: int, prompt_tokens: int, new: int, runs
     engine.run(requests, prompt_tokens, 8)
     each = [requests * new / engine.run(requests, prompt_tokens, new) for _ in range(runs)]
     return {"kind": "thr", "batch": requests, "in": prompt_tokens, "out": new, "ttft_ms": 0.0, "step_ms": 0.0,
-            "tokens_per_s": statistics.median(each), "each": each}  # fmt: skip
+            "tokens_per_s": statistics.median(each), "each": each,
+            "gap_us": engine.gap(requests, prompt_tokens, new)}  # fmt: skip

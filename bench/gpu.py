@@ -202,16 +202,20 @@ def check_kernels() -> dict[str, Any]:
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    """One line a row: ours, the floor's share of it, the peer's, and the goals that it misses; its rooflines below."""
+    """One line a row: ours, the floor's share of it, the device's gap between two steps, the peer's, and the goals that
+    it misses; its rooflines below."""
     print(f"{'model':6}{'TP':>3} {'kind':6}{'batch':>6}{'in':>6}{'TTFT ms':>9}{'ms/step':>9}{'of floor':>9}"
-          f"{'tokens/s':>10}{'peer TTFT':>10}{'peer step':>10}{'peer t/s':>10}  misses")  # fmt: skip
+          f"{'tokens/s':>10}{'gap us':>8}{'p99':>6}{'peer TTFT':>10}{'peer step':>10}{'peer t/s':>10}"
+          "  misses")  # fmt: skip
     for row in rows:
         line = f"{row['model']:6}{row['tp']:>3} {row['kind']:6}{row['batch']:>6}{row['in']:>6}"
         if row["kind"] == "start":
             line += f"{row['start_s']:>9.1f} s from the start to the first token"
         else:
             share = f"{row['floor_ms'] / row['step_ms']:>9.0%}" if row["kind"] == "lat" else f"{'':9}"
+            gap = row["gap_us"]
             line += f"{row['ttft_ms']:>9.2f}{row['step_ms']:>9.3f}{share}{row['tokens_per_s']:>10.0f}"
+            line += f"{gap['median']:>8.0f}{gap['p99']:>6.0f}" if gap else f"{'':14}"
             peer = row.get("peer")
             line += f"{peer['ttft_ms']:>10.2f}{peer['step_ms']:>10.3f}{peer['tokens_per_s']:>10.0f}" if peer else ""
         print(line, "", ", ".join(f"{name} ({row['goals'][name]:g})" for name in row["missed"]))

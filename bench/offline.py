@@ -224,13 +224,14 @@ def _label(row: Row) -> str:
 def _table(rows: list[Row]) -> str:
     names = {"ttft_ms": "TTFT ms", "step_ms": "ms a step", "tokens_per_s": "tokens/s"}
     shown = _FIGURES[rows[0]["kind"]]
-    header = ["", *(names[name] for name in shown), "of roofline"]
+    header = ["", *(names[name] for name in shown), "of roofline", "gap, µs", "p99"]
     if "peer" in rows[0]:
         header += [f"{head} {names[name]}" for name in shown for head in ("peer", "ratio")]
     lines = []
     for row in rows:
         last = list(row["roofline"].values())[-1]
         line = [_label(row), *(row[name] for name in shown), f"{last['share']:.0%} ({last['bound']})"]
+        line += [row["gap_us"] and f"{row['gap_us'][name]:.0f}" for name in ("median", "p99")]
         if "peer" in row:
             line += [x for name in shown for x in (row["peer"][name], f"{row['ratios'][name]['ratio']:.3f}")]
         lines.append(line)

@@ -16,7 +16,8 @@ floor": the time to read the weights and the KV once at 4.24 TB/s, by the time t
 after ours on the same machine; where it is missing it was not measured.
 
 Rooflines (`bench/roofline.py` says what is counted) are by ceilings that the same run measured: the columns
-"here". Where they say 4.24 and 790, the result is older, and they are another H200's."""
+"here". Where they say 4.24 and 790, the result is older, and they are another H200's. Times are medians of runs where
+there is a gap, what the device waits between two steps; in older results, and of the peer, the fastest."""
 _PEER = "vLLM"
 
 Result = dict[str, Any]
@@ -36,9 +37,11 @@ def by_machine(results: dict[str, Result]) -> list[str]:
 
 def table(result: Result) -> str:
     """Every row of a machine."""
-    header = ["", "TTFT ms", f"{_PEER}", "ms a step", f"{_PEER}", "of floor", "tokens/s", f"{_PEER}", "goal"]
+    rows = result["figures"]["rows"]
+    gaps = ["gap µs (p99)"] if any("gap_us" in row for row in rows) else []
+    header = ["", "TTFT ms", f"{_PEER}", "ms a step", f"{_PEER}", "of floor", "tokens/s", f"{_PEER}", *gaps, "goal"]
     lines, roofs = [], []
-    for row in result["figures"]["rows"]:
+    for row in rows:
         label = f"{row['model']} TP {row['tp']}, {_what(row)}"
         peer = row.get("peer") or {}
         goal = ", ".join(f"{name} {value:g}{' missed' if name in row['missed'] else ''}"
@@ -51,6 +54,9 @@ def table(result: Result) -> str:
             line = [None, None, None, None, None, row["tokens_per_s"], peer.get("tokens_per_s")]
         else:
             line = [1e3 * row["start_s"], None, None, None, None, None, None]
+        if gaps:
+            gap = row.get("gap_us")
+            line.append(gap and f"{gap['median']:.0f} ({gap['p99']:.0f})")
         lines.append([label, *line, goal])
         for what, one in _rooflines(row).items():
             roofs.append([f"{label}: {what}", one["gbytes"], one["gflop"] / 1e3, one["tb_per_s"], one["tflop_per_s"],

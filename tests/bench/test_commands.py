@@ -50,7 +50,10 @@ def test_latency_of_the_demo_model_beside_a_peer(tmp_path: Path) -> None:
     for row in figures["rows"]:
         assert row["ratios"]["ttft_ms"]["ratio"] == pytest.approx(row["ttft_ms"] / 1000, rel=1e-2, abs=1e-4)
         assert 0 < row["roofline"]["a step"]["share"] < 1
+        assert row["fastest"]["ttft_ms"] <= row["ttft_ms"]
         assert row["step_ms"] > 0
+        assert row["gap_us"] is None or 0 <= row["gap_us"]["median"] <= row["gap_us"]["p99"] <= row["gap_us"]["longest"]
+    assert any(row["gap_us"] for row in figures["rows"]), "the device's gaps were not measured"
     assert "| 1 x 8 in, 60 out |" in out
     assert "roofline, a step:" in out
 

@@ -53,6 +53,16 @@ def test_the_newest_result_of_a_machine_counts_and_the_better_figure_is_bold() -
     assert "7B TP 1, batch 1, 128 in, 256 out: a step" in text
 
 
+def test_gaps_between_steps_are_shown_where_they_were_measured() -> None:
+    result = _result("2026-01-01", 1, 4.0, None)
+    assert "gap" not in report_gpu.table(result)
+    rows = result["figures"]["rows"]
+    rows.append({**rows[0], "in": 1024, "gap_us": {"median": 20.4, "p99": 31.0, "longest": 99.0, "steps": 99}})
+    text = report_gpu.table(result)
+    assert "gap µs (p99)" in text
+    assert text.count("20 (31)") == 1
+
+
 @pytest.mark.parametrize(("said", "shown"), [({}, True), ({"first": False}, False)])
 def test_a_start_that_found_kernels_on_disk_is_not_called_the_first(said: dict[str, bool], shown: bool) -> None:
     result = _result("2026-01-01", 1, 4.0, None)
