@@ -1,9 +1,10 @@
 """Where a step's time goes on a GPU, kernel by kernel: `python -m tpserve.bench.kernel_times --model 7B`.
 
-Steps of the network alone, at a model's real shapes with random weights: prompts of `--prefill` tokens, and steps that
-decode, of `--decode` batch x context. For each: the median time by the device's clock; the floor of `roofline`, by the
-ceilings that this device is measured to have before; every kernel's calls and time, by torch's profiler; and the gap:
-the step's time less its kernels' (negative where they overlap).
+Steps of the network alone, at a model's real shapes with random weights: prompts of `--prefill` tokens, steps that
+decode, of `--decode` batch x context, and both, of `--mixed` batch x context + tokens of one prompt. For each: the
+median time by the device's clock; the floor of `roofline`, by the ceilings that this device is measured to have before;
+what launching it takes the host; every kernel's calls and time, by torch's profiler; and the gap: the step's time less
+its kernels' (negative where they overlap).
 Several ranks: `torchrun --nproc-per-node 2 -m tpserve.bench.kernel_times --tp 2 …`.
 """
 
@@ -12,7 +13,9 @@ from __future__ import annotations
 import gc
 import os
 import statistics
+import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import fire
@@ -97,6 +100,17 @@ class Steps:
         rows = torch.arange(batch, device=self._device)
         return StepInputs(rows, torch.full_like(rows, context - 1), [context] * batch, [], None, None)
 
+    def mixed(self, batch: int, context: int, num_tokens: int) -> StepInputs:
+        """One token of each of `batch` sequences of `context` tokens, and a prompt of `num_tokens`."""
+        self._lay_out(batch + 1, max(context, num_tokens))
+        rows = torch.cat([torch.arange(batch), torch.full((num_tokens,), batch)]).to(self._device)
+        positions = torch.cat([torch.full((batch,), context - 1), torch.arange(num_tokens)]).to(self._device)
+        end = batch + num_tokens
+        chunks = torch.tensor([[batch, 0], [batch, end], [0, 0]], device=self._device)
+        asked = torch.tensor([*range(batch), end - 1], device=self._device)
+        prompt = SequenceSlice(0, num_tokens)
+        return StepInputs(rows, positions, [context] * batch, [prompt], chunks, asked)
+
     def _lay_out(self, n: int, length: int) -> None:
         blocks = -(-length // _BLOCK_SIZE)
         self._tables_RB[:n, :blocks] = self._order[: n * blocks].view(n, blocks)
@@ -125,6 +139,18 @@ def time_ms(step: Callable[[], Any], repeats: int = 5, steps: int = 10) -> float
 
 
 @torch.inference_mode()
+def host_ms(step: Callable[[], Any], repeats: int = 7) -> float:
+    """Median of what it takes to enqueue a step, with nothing in front of it."""
+    times_s = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        start_s = time.perf_counter()
+        step()
+        times_s.append(time.perf_counter() - start_s)
+    return 1e3 * statistics.median(times_s)
+
+
+@torch.inference_mode()
 def kernels(step: Callable[[], Any], steps: int = 3) -> list[dict[str, Any]]:
     """Kernels of a step, longest together first."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -144,6 +170,7 @@ def main(
     tp: int = 1,
     prefill: str = "128,1024,8192",
     decode: str = "1x128,8x1024,64x640,256x640",
+    mixed: str = "8x640+16,32x640+16,64x640+16,64x640+128",
     shown: int = 14,
     quantization: str = "",
     kv_cache_dtype: str = "",
@@ -155,6 +182,7 @@ def main(
         tp: ranks.
         prefill: numbers of tokens.
         decode: batches and contexts.
+        mixed: batches, contexts, and tokens of a prompt.
         shown: kernels of each step.
         quantization: of the blocks' weights, one of `SCHEMES`; empty: none.
         kv_cache_dtype: "fp8", or empty.
@@ -167,36 +195,46 @@ def main(
     ceilings = roofline.measure(device, "bfloat16")
     prefills = [int(x) for x in str(prefill).strip("()").split(",") if x.strip()]
     decodes = [(int(b), int(c)) for b, c in (pair.split("x") for pair in str(decode).strip("()").split(",") if pair)]
-    batch = max([b for b, _ in decodes] + [1 + n // 512 for n in prefills])
+    both = [
+        (*map(int, pair.split("x")), int(n))
+        for pair, n in (x.split("+") for x in str(mixed).strip("()").split(",") if x)
+    ]
+    batch = max([b for b, _ in decodes] + [1 + n // 512 for n in prefills] + [b + 1 for b, _, _ in both])
     steps = Steps(
-        model, group, device, batch, max([c for _, c in decodes] + [1024]),
-        max([b * (c + 16) for b, c in decodes] + prefills),
+        model, group, device, batch, max([c for _, c in decodes] + [1024] + [max(c, n) for _, c, n in both]),
+        max([b * (c + 16) for b, c in decodes] + prefills + [(b + 1) * (max(c, n) + 16) for b, c, n in both]),
         quantization, torch.float8_e4m3fn if kv_cache_dtype else torch.bfloat16,
     )  # fmt: skip
     results = []
     args = steps.args
     read: dict[str, Any] = {"block_bytes": roofline.BLOCK_BYTES[quantization], "kv_bytes": 1 if kv_cache_dtype else 2}
-    for name, inputs, num_tokens, work in [
-        *((f"prefill {n}", steps.prefill(n), n, roofline.prefill(args, tp, *_prompts(n), 2)) for n in prefills),
-        *((f"decode {b}x{c}", steps.decode(b, c), b, roofline.decode(args, tp, b, c, 2, **read)) for b, c in decodes),
-    ]:
-        # Steps' tables share memory: each is laid out again before it runs.
-        again = steps.prefill if not inputs.decode_lens else steps.decode
-        inputs = again(num_tokens) if not inputs.decode_lens else again(num_tokens, inputs.decode_lens[0])  # type: ignore[call-arg]
+    wanted: list[tuple[str, Callable[[], StepInputs], roofline.Work]] = [
+        *((f"prefill {n}", partial(steps.prefill, n), roofline.prefill(args, tp, *_prompts(n), 2)) for n in prefills),
+        *((f"decode {b}x{c}", partial(steps.decode, b, c), roofline.decode(args, tp, b, c, 2, **read))
+          for b, c in decodes),
+        *((f"mixed {b}x{c}+{n}", partial(steps.mixed, b, c, n),
+           roofline.together(roofline.decode(args, tp, b, c, 2, **read), roofline.prefill(args, tp, 1, n, 2),
+                             without=roofline.prefill(args, tp, 0, n, 2)))
+          for b, c, n in both),
+    ]  # fmt: skip
+    for name, make, work in wanted:
+        inputs = make()  # now: steps' tables share memory
 
         def run(inputs: StepInputs = inputs) -> Any:
             return steps.network(inputs)
 
         ms = time_ms(run)
+        launch_ms = host_ms(run)
         table = kernels(run)
         own_ms = sum(row["ms"] for row in table)
         judged = roofline.judge(work, ceilings, ms)
         results.append(
             {"step": name, "ms": ms, "floor_ms": judged["floor_ms"], "bound": judged["bound"], "gap_ms": ms - own_ms,
-             "roofline": judged, "kernels": table[:shown]}
+             "launch_ms": launch_ms, "roofline": judged, "kernels": table[:shown]}
         )  # fmt: skip
         if group.rank == 0:
-            print(f"\n{model} TP{tp} {name}: {ms:.3f} ms; kernels {own_ms:.3f} ms, gap {ms - own_ms:.3f} ms")
+            print(f"\n{model} TP{tp} {name}: {ms:.3f} ms; kernels {own_ms:.3f} ms, gap {ms - own_ms:.3f} ms; "
+                  f"the host launches them in {launch_ms:.3f} ms")  # fmt: skip
             print(f"  {roofline.line(name, judged)}", flush=True)
             for row in table[:shown]:
                 print(f"  {row['ms']:8.3f} ms {row['calls']:7.1f} x {1e3 * row['ms'] / row['calls']:8.2f} us  "

@@ -114,6 +114,11 @@ def prefill(args: ModelArgs, tp: int, prompts: int, length: int, itemsize: int) 
     )
 
 
+def together(decoded: Work, prompt: Work, *, without: Work) -> Work:
+    """A step of both, which reads the weights once: `without` is the prompt's work without a prompt."""
+    return Work(decoded.bytes + prompt.bytes - without.bytes, decoded.flop + prompt.flop - without.flop)
+
+
 def judge(work: Work, ceilings: Ceilings, ms: float, steps: int = 1) -> dict[str, Any]:
     """A result's roofline.
 

@@ -78,6 +78,9 @@ def process_group(config: EngineConfig, device: torch.device) -> Iterator[Tensor
     if world_size == 1:
         yield TensorParallel()
         return
+    # Sums go through no multicast, ours (`model/kernels/all_reduce.py`) or NCCL's few: a switch has room for few
+    # groups, which other people's jobs on the machine share.
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         timeout=datetime.timedelta(seconds=config.step_timeout_s),

@@ -35,6 +35,15 @@ def test_a_prefill_of_one_token_is_a_step() -> None:
     assert roofline.prefill(ARGS, 2, 5, 1, 2).bytes == roofline.decode(ARGS, 2, 5, 1, 2).bytes
 
 
+def test_a_step_of_both_reads_the_weights_once() -> None:
+    decoded, prompt, weights = (
+        roofline.decode(ARGS, 1, 3, 10, 2), roofline.prefill(ARGS, 1, 1, 7, 2), roofline.prefill(ARGS, 1, 0, 7, 2)
+    )  # fmt: skip
+    both = roofline.together(decoded, prompt, without=weights)
+    assert both.bytes == roofline.decode(ARGS, 1, 3, 10, 2).bytes + 7 * 2 * 2 * (2 * 8) * 2
+    assert both.flop == decoded.flop + prompt.flop
+
+
 def test_a_prefill_counts_what_torch_counts() -> None:
     """Torch counts every product; attention there is over the whole square, and so is twice less a diagonal."""
     from torch.utils.flop_counter import FlopCounterMode
