@@ -116,7 +116,7 @@ def measure(
     rows.append({"kind": "start", "batch": 1, "in": 8, "out": 1, "start_s": engine.start_s})
     itemsize = getattr(torch, dtype).itemsize
     for row in rows:
-        row |= {"model": what.model, "tp": what.tp}
+        row |= {"model": Path(what.model).name, "tp": what.tp}
         if row["kind"] == "lat":
             step = roofline.decode(engine.args, what.tp, row["batch"], row["in"] + new // 2, itemsize)
             row["floor_ms"] = 1e3 * step.bytes / bandwidth
@@ -239,7 +239,8 @@ def main(
     """Measures and prints the table.
 
     Args:
-        model: a key of `engine_runs.MODELS`; empty: everything that this machine's GPUs are measured at.
+        model: a key of `engine_runs.MODELS`, or a checkpoint of any form; empty: everything that this machine's GPUs
+            are measured at.
         tp, batches, prompts, requests: of that one model; lists with commas.
         new: tokens of a latency run.
         bandwidth: of the device's memory, bytes a second.
@@ -271,7 +272,7 @@ def main(
     device = torch.cuda.get_device_name() if gpus else "CPU"
     figures = {"device": device, "gpus": gpus, "dtype": dtype, "kernels": kernels, "options": options, "rows": rows}
     drawn = "_sampled" if options.get("temperature") else ""
-    name = f"gpu_{model}_tp{tp}{drawn}" if model else f"{device.replace(' ', '-')}-x{gpus}-{commit()}"
+    name = f"gpu_{Path(model).name}_tp{tp}{drawn}" if model else f"{device.replace(' ', '-')}-x{gpus}-{commit()}"
     write_result(name, f"python -m tpserve.bench.gpu {' '.join(sys.argv[1:])}".strip(), figures)
     sys.exit(bool(kernels.get("failed") or any(row["missed"] for row in rows)))
 

@@ -70,9 +70,10 @@ def table(result: Result) -> str:
 
 def _rooflines(row: Row) -> dict[str, Any]:
     """Those of the result, or by what another H200 was measured at."""
-    args = ModelArgs.from_params(MODELS[row["model"]])
-    found: dict[str, Any] = row["roofline"] if "roofline" in row else roofline.of_row(row, args, row["tp"], H200, 2)
-    return found
+    if "roofline" in row:
+        found: dict[str, Any] = row["roofline"]
+        return found
+    return roofline.of_row(row, ModelArgs.from_params(MODELS[row["model"]]), row["tp"], H200, 2)
 
 
 def summary(results: dict[str, Result]) -> str:
