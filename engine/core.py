@@ -64,6 +64,9 @@ class EngineCore:
         runner: this rank's part of the network.
         rank: this rank.
         grammars: for guided requests; None: there is no tokenizer.
+
+    Attributes:
+        unchecked: whether there has been work since `check_integrity` last looked.
     """
 
     def __init__(
@@ -81,7 +84,7 @@ class EngineCore:
         self._under_way: tuple[StepPlan, Any] | None = None
         self._outputs: list[RequestOutput] = []
         self._arrivals = 0
-        self._unchecked = False  # there has been work since the last check
+        self.unchecked = False
         self._reports: list[int] = []
 
     @property
@@ -117,7 +120,7 @@ class EngineCore:
             self._finish()
         started: tuple[StepPlan, Any] | None = None
         if self.scheduler.has_work:
-            self._unchecked = True
+            self.unchecked = True
             with trace.span("schedule"):
                 plan = self.scheduler.schedule()
             if plan.entries:
@@ -145,8 +148,8 @@ class EngineCore:
 
     def check_integrity(self) -> None:
         """Asserts that the books are right, when there is nothing else to do: it looks at every block."""
-        if not self.has_work and self._unchecked:
-            self._unchecked = False
+        if not self.has_work and self.unchecked:
+            self.unchecked = False
             self.scheduler.check_integrity()
 
     def close(self) -> None:
