@@ -7,6 +7,7 @@ import threading
 from typing import Any
 
 from tpserve.engine.client import EngineClient
+from tpserve.engine.in_flight import NewRequest
 from tpserve.engine.protocol import PromptLogprob, RequestOutput, TopLogprobs
 from tpserve.engine.sampling_params import SamplingParams
 
@@ -17,7 +18,7 @@ class Collected:
     """One request's outputs as they arrive.
 
     Args:
-        client: started.
+        client: started; None: `together` submits it.
         prompt: token ids.
         priority, timeout_s: see `EngineClient.submit`.
         params: sampling parameters.
@@ -33,7 +34,7 @@ class Collected:
 
     def __init__(
         self,
-        client: EngineClient,
+        client: EngineClient | None,
         prompt: list[int],
         *,
         priority: int = 0,
@@ -53,7 +54,17 @@ class Collected:
         self.num_outputs = 0
         self._changed = threading.Condition()
         self._num_answers = self.params.n if self.params.beam_width > 1 else self.params.num_choices
-        client.submit(self.request_id, prompt, self.params, self._take, priority=priority, timeout_s=timeout_s)
+        if client is not None:
+            client.submit(self.request_id, prompt, self.params, self._take, priority=priority, timeout_s=timeout_s)
+
+    @classmethod
+    def together(cls, client: EngineClient, prompts: list[list[int]], **params: Any) -> list[Collected]:
+        """Of requests that begin in one step, whoever else is there."""
+        streams = [cls(None, prompt, **params) for prompt in prompts]
+        client.submit_together(
+            [NewRequest(s.request_id, prompt, s.params, s._take) for s, prompt in zip(streams, prompts, strict=True)]
+        )
+        return streams
 
     @property
     def ids(self) -> list[int]:
