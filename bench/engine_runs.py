@@ -32,6 +32,7 @@ from tpserve.model.checkpoint import CheckpointInfo
 
 _TOGETHER = 16  # requests: about what the first step has room for; checking all 256 before would keep it waiting
 _FIRSTS, _WHOLES = 7, 3  # runs of one token, and of all
+_WAIT_S = 600.0
 _TRACED = 100  # steps, between which gaps are measured
 _CAPTURES_S = 4.0  # GPUs: graphs are captured behind the first requests; what is measured then is how it goes on
 
@@ -76,7 +77,7 @@ class _Batch:
 
     def wait(self) -> None:
         """Until the last token."""
-        assert self._done.wait(600), "timed out"
+        assert self._done.wait(_WAIT_S), "timed out"
 
     def cancel(self) -> None:
         """Nobody waits for the rest."""
@@ -140,7 +141,9 @@ class Engine:
         None: answers of `new` tokens end before it is measured.
         """
         batch = _Batch(self.client, self._prompts(n, prompt_tokens), new, self._sampling)
+        deadline_s = time.monotonic() + _WAIT_S
         while batch.tokens < n * new // 4:
+            assert time.monotonic() < deadline_s, "timed out"
             time.sleep(1e-3)
         try:
             traces = self.client.trace(max(2, min(_TRACED, new // 2)), timeout_s=10.0)
