@@ -23,7 +23,7 @@ from tpserve.model.attention import PagedAttention
 from tpserve.model.decoder import FusedDecoder
 from tpserve.model.kv_cache import PagedKVCache
 from tpserve.model.llama import Llama
-from tpserve.model.parallel import TensorParallel, num_kv_heads, shard
+from tpserve.model.parallel import TensorParallel, num_kv_heads, shard, without_multicast
 from tpserve.model.quantized import quantize
 from tpserve.model.rope import rope_table
 
@@ -61,6 +61,7 @@ def main(
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
     if tp > 1:
+        without_multicast()
         dist.init_process_group("nccl", device_id=device)
     group = TensorParallel.from_world()
     if group.size != tp:

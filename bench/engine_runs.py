@@ -10,6 +10,7 @@ what the device waits between two steps, in the middle of the answers.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import random
 import statistics
@@ -19,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tpserve.bench.roofline import BLOCK_BYTES
 from tpserve.convert.describe import describe
 from tpserve.engine.client import EngineClient
 from tpserve.engine.config import EngineConfig
@@ -52,6 +54,9 @@ MODELS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+_names = itertools.count()
+
+
 class _Batch:
     """Requests that are submitted together and waited for."""
 
@@ -62,7 +67,8 @@ class _Batch:
         self.tokens = 0
         params = SamplingParams(max_new_tokens=new, ignore_eos=True, **sampling)
         self._client = client
-        self._requests = [NewRequest(f"{id(self)}/{i}", prompt, params, self._take) for i, prompt in enumerate(prompts)]
+        name = next(_names)
+        self._requests = [NewRequest(f"{name}/{i}", prompt, params, self._take) for i, prompt in enumerate(prompts)]
         for first in range(0, len(prompts), _TOGETHER):
             client.submit_together(self._requests[first : first + _TOGETHER])
 
@@ -96,6 +102,7 @@ class Engine:
 
     Attributes:
         args: the model's shape.
+        block_bytes: of a weight of its blocks; None: as many as of the others.
         start_s: from nothing to the first token.
     """
 
@@ -106,8 +113,12 @@ class Engine:
             self.args = ModelArgs.from_params(MODELS[model])
             CheckpointInfo(self.args, "bfloat16").write(Path(self._folder.name))
             checkpoint, load_format = self._folder.name, "dummy"
+            stored = None
         else:
-            self.args = describe(Path(model)).args
+            info = describe(Path(model))
+            self.args, stored = info.args, info.quantization
+        quantization = stored or str(options.get("quantization") or "")
+        self.block_bytes = BLOCK_BYTES[quantization] if quantization else None
         self._rng = random.Random(0)
         configured, self._sampling = split_options(options)
         settings = {
@@ -135,19 +146,28 @@ class Engine:
         assert batch.tokens == n * new, "tokens are missing"
         return elapsed_s
 
-    def gap(self, n: int, prompt_tokens: int, new: int) -> dict[str, float] | None:
+    def gap(self, n: int, prompt_tokens: int, new: int, step_s: float) -> dict[str, float] | None:
         """What the device does nothing between one step's end and the next one's start while `n` requests are in the
-        middle of their answers: "median", "p99", "longest" in µs, of the rank with the largest median, and "steps".
-        None: answers of `new` tokens end before it is measured.
+        middle of their answers: "median", "p99", "longest" in µs, of the rank with the largest median, and "steps". At
+        least so much: on CUDA a step starts where its first kernel is due, though the host may still be launching it.
+        None: no trace of so many steps came, as where answers of `new` tokens end before.
+
+        Args:
+            n, prompt_tokens, new: of the requests.
+            step_s: about what a step takes.
         """
         batch = _Batch(self.client, self._prompts(n, prompt_tokens), new, self._sampling)
         deadline_s = time.monotonic() + _WAIT_S
         while batch.tokens < n * new // 4:
             assert time.monotonic() < deadline_s, "timed out"
             time.sleep(1e-3)
+        # On a CPU a stream alone gets several tokens a step.
+        steps = max(2, min(_TRACED, new // (16 if self.info.device == "cpu" else 2)))
         try:
-            traces = self.client.trace(max(2, min(_TRACED, new // 2)), timeout_s=10.0)
+            traces = self.client.trace(steps, timeout_s=10.0 + 4 * steps * step_s)
         except EngineError:
+            with contextlib.suppress(EngineError):
+                self.client.trace(1)  # in the place of the one that goes on
             return None
         finally:
             batch.cancel()
@@ -185,7 +205,7 @@ def latency(engine: Engine, batch: int, prompt_tokens: int, new: int) -> dict[st
     typical = figures(statistics.median(firsts_s), statistics.median(wholes_s))
     return {"kind": "lat", "batch": batch, "in": prompt_tokens, "out": new, **typical,
             "tokens_per_s": 1e3 * batch / typical["step_ms"], "fastest": figures(min(firsts_s), min(wholes_s)),
-            "gap_us": engine.gap(batch, prompt_tokens, new)}  # fmt: skip
+            "gap_us": engine.gap(batch, prompt_tokens, new, 1e-3 * typical["step_ms"])}  # fmt: skip
 
 
 def throughput(engine: Engine, requests: int, prompt_tokens: int, new: int, runs: int = 3) -> dict[str, Any]:
@@ -194,4 +214,4 @@ def throughput(engine: Engine, requests: int, prompt_tokens: int, new: int, runs
     each = [requests * new / engine.run(requests, prompt_tokens, new) for _ in range(runs)]
     return {"kind": "thr", "batch": requests, "in": prompt_tokens, "out": new, "ttft_ms": 0.0, "step_ms": 0.0,
             "tokens_per_s": statistics.median(each), "each": each,
-            "gap_us": engine.gap(requests, prompt_tokens, new)}  # fmt: skip
+            "gap_us": engine.gap(requests, prompt_tokens, new, requests / statistics.median(each))}  # fmt: skip

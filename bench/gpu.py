@@ -28,7 +28,7 @@ import fire
 import torch
 
 from tpserve.bench import roofline
-from tpserve.bench.engine_runs import Engine, latency, throughput
+from tpserve.bench.engine_runs import MODELS, Engine, latency, throughput
 from tpserve.bench.record import write_result
 
 Key = tuple[str, int, int]  # kind, batch, tokens in
@@ -118,10 +118,12 @@ def measure(
     for row in rows:
         row |= {"model": Path(what.model).name, "tp": what.tp}
         if row["kind"] == "lat":
-            step = roofline.decode(engine.args, what.tp, row["batch"], row["in"] + new // 2, itemsize)
+            step = roofline.decode(
+                engine.args, what.tp, row["batch"], row["in"] + new // 2, itemsize, block_bytes=engine.block_bytes
+            )
             row["floor_ms"] = 1e3 * step.bytes / bandwidth
         if ceilings is not None:
-            row["roofline"] = roofline.of_row(row, engine.args, what.tp, ceilings, itemsize)
+            row["roofline"] = roofline.of_row(row, engine.args, what.tp, ceilings, itemsize, engine.block_bytes)
         goals = what.goals.get((row["kind"], row["batch"], row["in"]), {})
         row["goals"] = goals
         row["missed"] = [name for name, goal in goals.items() if not _reached(name, row[name], goal)]
@@ -272,7 +274,8 @@ def main(
     device = torch.cuda.get_device_name() if gpus else "CPU"
     figures = {"device": device, "gpus": gpus, "dtype": dtype, "kernels": kernels, "options": options, "rows": rows}
     drawn = "_sampled" if options.get("temperature") else ""
-    name = f"gpu_{Path(model).name}_tp{tp}{drawn}" if model else f"{device.replace(' ', '-')}-x{gpus}-{commit()}"
+    label = model if model in MODELS else f"checkpoint_{Path(model).name}"
+    name = f"gpu_{label}_tp{tp}{drawn}" if model else f"{device.replace(' ', '-')}-x{gpus}-{commit()}"
     write_result(name, f"python -m tpserve.bench.gpu {' '.join(sys.argv[1:])}".strip(), figures)
     sys.exit(bool(kernels.get("failed") or any(row["missed"] for row in rows)))
 

@@ -29,7 +29,7 @@ from tpserve.model.attention import SequenceSlice
 from tpserve.model.fused_network import FusedNetwork
 from tpserve.model.kv_cache import PagedKVCache
 from tpserve.model.network import StepInputs
-from tpserve.model.parallel import TensorParallel, num_kv_heads
+from tpserve.model.parallel import TensorParallel, num_kv_heads, without_multicast
 from tpserve.model.quantized import quantize
 
 _BLOCK_SIZE = 16
@@ -190,6 +190,7 @@ def main(
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
     if tp > 1:
+        without_multicast()
         dist.init_process_group("nccl", device_id=device)
     group = TensorParallel.from_world()
     ceilings = roofline.measure(device, "bfloat16")

@@ -164,7 +164,8 @@ def _measure(
     rows = [_median(same) for same in zip(*runs, strict=True)]
     itemsize = getattr(torch, dtype).itemsize
     for row in rows:  # ranks on a CPU share its memory and cores: together they are one device
-        row["roofline"] = roofline.of_row(row, engine.args, tp if device == "cuda" else 1, ceilings, itemsize)
+        ranks = tp if device == "cuda" else 1
+        row["roofline"] = roofline.of_row(row, engine.args, ranks, ceilings, itemsize, engine.block_bytes)
         if against:
             row["peer"], row["ratios"] = _beside(row, runs, theirs)
     print(_table(rows))
@@ -183,8 +184,13 @@ def _measure(
 
 def _median(same: Sequence[Row]) -> Row:
     """One row of several runs of it."""
-    medians = {name: statistics.median(row[name] for row in same) for name in _FIGURES["lat"]}
-    return {**same[0], **medians}
+    found = {name: statistics.median(row[name] for row in same) for name in _FIGURES["lat"]}
+    if "fastest" in same[0]:
+        found["fastest"] = {name: min(row["fastest"][name] for row in same) for name in same[0]["fastest"]}
+    if "gap_us" in same[0]:
+        gaps = sorted((row["gap_us"] for row in same if row["gap_us"]), key=lambda gap: gap["median"])
+        found["gap_us"] = gaps[len(gaps) // 2] if gaps else None
+    return {**same[0], **found}
 
 
 def _peer(command: str, values: dict[str, Any]) -> list[Row]:

@@ -16,8 +16,9 @@ floor": the time to read the weights and the KV once at 4.24 TB/s, by the time t
 after ours on the same machine; where it is missing it was not measured.
 
 Rooflines (`bench/roofline.py` says what is counted) are by ceilings that the same run measured: the columns
-"here". Where they say 4.24 and 790, the result is older, and they are another H200's. Times are medians of runs where
-there is a gap, what the device waits between two steps; in older results, and of the peer, the fastest."""
+"here". Where they say 4.24 and 790, the result is older, and they are another H200's. Times are medians of runs in
+results that have a column of gaps, what the device waits between two steps; in older ones, and of the peer, the
+fastest."""
 _PEER = "vLLM"
 
 Result = dict[str, Any]
@@ -73,6 +74,8 @@ def _rooflines(row: Row) -> dict[str, Any]:
     if "roofline" in row:
         found: dict[str, Any] = row["roofline"]
         return found
+    if row["model"] not in MODELS:
+        return {}
     return roofline.of_row(row, ModelArgs.from_params(MODELS[row["model"]]), row["tp"], H200, 2)
 
 

@@ -103,13 +103,17 @@ def decode(
     )
 
 
-def prefill(args: ModelArgs, tp: int, prompts: int, length: int, itemsize: int) -> Work:
-    """One rank's part of computing `prompts` prompts of `length` tokens, and the first token of each answer."""
+def prefill(
+    args: ModelArgs, tp: int, prompts: int, length: int, itemsize: int, *, block_bytes: float | None = None
+) -> Work:
+    """One rank's part of computing `prompts` prompts of `length` tokens, and the first token of each answer; see
+    `decode`."""
     ends = args.vocab_size * args.dim
     seen = prompts * length * (length + 1) // 2
     attention = 4 * args.n_layers * args.n_heads * args.head_dim * seen
+    blocks = _layer_weights(args) * (itemsize if block_bytes is None else block_bytes)
     return Work(
-        (itemsize * (_layer_weights(args) + ends) + _kv_bytes(args, prompts * length, itemsize)) / tp,
+        (blocks + itemsize * ends + _kv_bytes(args, prompts * length, itemsize)) / tp,
         (2 * prompts * (length * _layer_weights(args) + ends) + attention) / tp,
     )
 
@@ -156,7 +160,9 @@ def judge_run(parts: list[tuple[Work, int]], ceilings: Ceilings, ms: float) -> d
     }
 
 
-def of_row(row: dict[str, Any], args: ModelArgs, tp: int, ceilings: Ceilings, itemsize: int) -> dict[str, Any]:
+def of_row(
+    row: dict[str, Any], args: ModelArgs, tp: int, ceilings: Ceilings, itemsize: int, block_bytes: float | None = None
+) -> dict[str, Any]:
     """Rooflines of a row of `engine_runs`, by the name of what is judged.
 
     A latency row has its prefill (the time to the first token) and its decode step, at the middle of the answer. A
@@ -168,10 +174,11 @@ def of_row(row: dict[str, Any], args: ModelArgs, tp: int, ceilings: Ceilings, it
         tp: ranks; 1 where they share one device.
         ceilings: of a rank's device.
         itemsize: bytes of a weight.
+        block_bytes: of one of the blocks; None: `itemsize`.
     """
     batch, length, new = row["batch"], row["in"], row["out"]
-    first = prefill(args, tp, batch, length, itemsize)
-    step = decode(args, tp, batch, length + new // 2, itemsize)
+    first = prefill(args, tp, batch, length, itemsize, block_bytes=block_bytes)
+    step = decode(args, tp, batch, length + new // 2, itemsize, block_bytes=block_bytes)
     if row["kind"] == "lat":
         return {
             "first token": judge(first, ceilings, row["ttft_ms"]),

@@ -31,7 +31,7 @@ from tpserve.model.checkpoint import CheckpointError
 from tpserve.model.kv_cache import PagedKVCache, bytes_per_block
 from tpserve.model.loader import LoadedModel, load_model
 from tpserve.model.network import Network, choose_network
-from tpserve.model.parallel import TensorParallel, num_kv_heads
+from tpserve.model.parallel import TensorParallel, num_kv_heads, without_multicast
 from tpserve.model.quantized import quantize, weight_bytes
 
 _CPU_KV_CACHE_BYTES = 1 << 30
@@ -78,9 +78,7 @@ def process_group(config: EngineConfig, device: torch.device) -> Iterator[Tensor
     if world_size == 1:
         yield TensorParallel()
         return
-    # Sums go through no multicast, ours (`model/kernels/all_reduce.py`) or NCCL's few: a switch has room for few
-    # groups, which other people's jobs on the machine share.
-    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+    without_multicast()
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         timeout=datetime.timedelta(seconds=config.step_timeout_s),

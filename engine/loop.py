@@ -52,7 +52,7 @@ def lead(core: EngineCore, config: EngineConfig, channel: LeaderChannel, fronten
         if outputs.outputs or outputs.scheduled:
             with core.tracer.span("send"):
                 frontend.send_outputs(outputs)
-        if idle and not events:
+        if idle and (core.stopped or not events):
             core.check_integrity()
         statuses: list[RankStatus] = core.take_reports()
         if _compares(core, config):
@@ -86,7 +86,7 @@ def follow(core: EngineCore, config: EngineConfig, channel: FollowerChannel) -> 
         idle = core.is_idle
         core.apply(message.events)
         core.step()
-        if idle and not message.events:
+        if idle and (core.stopped or not message.events):
             core.check_integrity()
         reports: list[RankStatus | RankTrace] = [*core.take_reports(), *core.tracer.take()]
         for report in reports:

@@ -8,6 +8,7 @@ a small matrix product (120-160 microseconds a linear), and it cannot deal out e
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -24,6 +25,12 @@ all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 T = TypeVar("T")
+
+
+def without_multicast() -> None:
+    """Before NCCL's group is made: its few sums go through no multicast, as ours do not (`kernels/all_reduce.py`). A
+    switch has room for few groups, which other people's jobs on the machine share."""
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -120,10 +120,12 @@ def test_books_are_looked_through_when_nobody_has_come_for_a_while(monkeypatch: 
     monkeypatch.setattr(loop, "settle_heap", lambda: None)
     config = EngineConfig(checkpoint_dir="none", checksum_interval=1000)
     request: list[Event] = [Report(1)]
-    core, frontend, channel = Core(), Frontend(request, [], request, [], [], [], [Stop()]), LeaderChannel()
+    stop: list[Event] = [Stop()]
+    coming = [request, [], request, [], [], [], request, [], stop]
+    core, frontend, channel = Core(), Frontend(*coming), LeaderChannel()
     loop.lead(core, config, channel, frontend)  # type: ignore[arg-type]
-    assert core.done == ["step", "step", "step", "step", "check"]
-    assert frontend.waits_s == [0.5, 0.0, loop._QUIET_S, 0.0, loop._QUIET_S, 0.5, 0.5]
+    assert core.done == ["step", "step", "step", "step", "check", "step", "step", "check"]  # the last time at the end
+    assert frontend.waits_s == [0.5, 0.0, loop._QUIET_S, 0.0, loop._QUIET_S, 0.5, 0.5, 0.0, loop._QUIET_S]
     follower, told = Core(), FollowerChannel()
     told.messages = [StepMessage(follower.step_count, message.events) for message in channel.messages]
     loop.follow(follower, config, told)  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from tpserve.model.parallel import TensorParallel
+from tpserve.model.parallel import TensorParallel, without_multicast
 
 DIM, ROWS = 512, 72
 Round = Callable[[int], torch.Tensor]  # from its number to how many values are wrong
@@ -74,6 +74,7 @@ def main(turns: int) -> None:
     """Checks `turns` steps by words and as many by rows; exits with status 1 if a value is wrong."""
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
+    without_multicast()
     dist.init_process_group("cpu:gloo,cuda:nccl")  # meetings of the hosts alone: NCCL would be most of what is checked
     tp = TensorParallel.from_world()
     wrong = torch.zeros((), dtype=torch.int64, device=device)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from tests.gpu.conftest import SEED
 from tests.gpu.decoder_setup import ROWS, SHAPES, Setup, check_captures, check_logits
 from tpserve.model.attention import PagedAttention, SequenceSlice
-from tpserve.model.parallel import TensorParallel
+from tpserve.model.parallel import TensorParallel, without_multicast
 
 
 def few(setup: Setup) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -136,6 +136,7 @@ def without_memory_on_one(tp: TensorParallel) -> None:
 def main() -> None:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
+    without_multicast()
     dist.init_process_group("nccl", device_id=device)
     tp = TensorParallel.from_world()
     for shape in SHAPES:
