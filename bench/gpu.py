@@ -106,7 +106,7 @@ def measure(
         ceilings: of one of the devices, as just measured; None: no rooflines.
     """
     with tempfile.TemporaryDirectory() as folder, _environment("TRITON_CACHE_DIR", folder):
-        # Without kernels that another model or a test has left on disk, each start is a machine's first.
+        # Without kernels that another model or a test has left on disk; libraries may be in memory from before.
         engine = Engine(what.model, what.tp, dtype, **options)
         try:
             rows = [latency(engine, b, p, new) for b in what.batches for p in what.prompts]

@@ -125,7 +125,7 @@ def _order(key: tuple[str, str, int, int]) -> tuple[int, int, int]:
 
 def _what(row: Row) -> str:
     if row["kind"] == "start":
-        return f"a machine's {'first' if row.get('first', True) else 'later'} start, to the first token"
+        return f"a start with{'out' if row.get('first', True) else ''} kernels on disk, to the first token"
     return f"{'batch' if row['kind'] == 'lat' else 'requests'} {row['batch']}, {row['in']} in, {row['out']} out"
 
 
@@ -137,7 +137,7 @@ def _heading(figure: str, kind: str, batch: int, length: int, rows: dict[tuple[s
     if figure == "tokens_per_s":
         out = next(iter(rows.values()))["out"]
         return f"{batch} requests, {length:,} in, {out:,} out: output tokens/s"
-    return "a machine's very first start, until the first token, s"
+    return "a start without kernels on disk, until the first token, s"
 
 
 def _pair(figure: str, row: Row | None) -> list[str]:

@@ -13,8 +13,8 @@ from tpserve.engine.process import settle_heap
 from tpserve.engine.protocol import Event, Heartbeat, Outputs, RankStatus, RankTrace, Reply, Status, StepMessage
 
 HEARTBEAT_INTERVAL_S = 0.5
-# Without a request, until the books are looked through: 1 ms with the blocks of an H200, for which whoever comes right
-# behind the last answer should not wait.
+# Without a request, until the books are looked through, which takes the longer the more blocks there are: whoever comes
+# right behind the last answer should not wait for it.
 _QUIET_S = 0.05
 
 
