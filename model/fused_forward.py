@@ -82,7 +82,7 @@ class FusedForward:
         tokens_T: torch.Tensor,
         rows_T: torch.Tensor,
         positions_T: torch.Tensor,
-        num_decodes: int,
+        decodes_S: torch.Tensor | None,
         chunks: Chunks | None,
         rows_N: torch.Tensor | None,
         num_layers: int | None = None,
@@ -92,8 +92,9 @@ class FusedForward:
         Args:
             tokens_T: token ids.
             rows_T, positions_T: int64, each token's table row and position.
-            num_decodes: S.
-            chunks: what follows the S tokens.
+            decodes_S: the positions of the first S tokens, each of a sequence that decodes; -1: padding, or of a
+                chunk. None: there are none.
+            chunks: the others.
             rows_N: tokens whose logits to return; None: all.
             num_layers: of which the step is made, at most; None: all.
 
@@ -101,10 +102,10 @@ class FusedForward:
             float32 logits [N, V], the same on every rank.
         """
         model, size = self._model, self._cache.block_size
-        decodes = slice(0, num_decodes)
+        decodes = slice(0, 0 if decodes_S is None else len(decodes_S))
         slots_T = self._tables_RB[rows_T, positions_T // size] * size + positions_T % size
         slots_T = torch.where(positions_T < 0, -1, slots_T)
-        decode = self._plan(rows_T[decodes], positions_T[decodes]) if num_decodes else None
+        decode = None if decodes_S is None else self._plan(rows_T[decodes], decodes_S)
         # In front of the embedding, which is launched normally: attention reads tiles while kernels in front still run.
         tiles = None if chunks is None else prefill_tiles(
             chunks.rows_P, chunks.starts_P1, chunks.contexts_P, len(tokens_T), self._heads, self._cache.k[0],
@@ -129,6 +130,8 @@ class FusedForward:
             if i == last and rows_N is not None and not len(rows_N):  # prompts that go on: keys and values were all
                 return q_THE.new_empty(0, model.args.vocab_size, dtype=torch.float32)
             if decode is not None:
+                # Before the chunks: it writes zeros where nobody decodes. Not launched early: a prompt whose all but
+                # last token are another one's reads blocks that this step writes.
                 paged_decode_attention(
                     q_THE[decodes], k_cache, v_cache, self._tables_RB, out_THE[decodes], *decode, block_size=size
                 )
@@ -165,7 +168,9 @@ class FusedForward:
             none = torch.zeros(tokens, dtype=torch.int64, device=self._tables_RB.device)
             chunks = Chunks(none[:1], none.new_full((2,), num_decodes), none[:1])
             asked_N = none[:1] if tokens > MIN_DEALT_ROWS else None
-            self(none, none, torch.full_like(none, -1), num_decodes, chunks, asked_N, num_layers=2)
+            positions = torch.full_like(none, -1)
+            decodes_S = positions[:num_decodes] if num_decodes else None
+            self(none, none, positions, decodes_S, chunks, asked_N, num_layers=2)
         if self._share_exchange is not None:  # in steps that are too large for it, NCCL makes the sums
             gain_D, eps = self._layers[0].ffn_norm_D, self._model.args.norm_eps
             row_SD = gain_D.new_zeros(1, len(gain_D))

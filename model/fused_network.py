@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -21,15 +21,23 @@ from tpserve.model.quantized import has_integers
 from tpserve.model.sampling import draw
 
 if TYPE_CHECKING:
-    from tpserve.model.chunk_graphs import ChunkGraphs
     from tpserve.model.network import StepInputs
 
 _MAX_SHARED_ROWS = 8192  # of a step whose rows move while products are made
-# Keys of a sequence that decodes: in a graph of chunks one program a key/value head reads them all, at some µs a
-# thousand and layer; beside more, launching the step's kernels costs less (by estimate).
-_LONG_DECODE = 16384
 
 logger = logging.getLogger(__name__)
+
+
+class _Graphs(Protocol):
+    """What `decoder.py` and `chunk_graphs.py` have in common: what kinds of steps are missing and wanted, and how to
+    capture one."""
+
+    wanted: Any
+
+    @property
+    def missing(self) -> list[Any]: ...
+
+    def capture(self, kind: Any, /) -> None: ...
 
 
 class FusedNetwork:
@@ -77,8 +85,8 @@ class FusedNetwork:
         self._decoder = FusedDecoder(model, cache, tp, tokens_RL, tables_RB, max_num_seqs=max_num_seqs)
         self._forward = FusedForward(model, self._decoder.step.layers, cache, tp, tables_RB, few, many)
         self._draws, self._max_top_k = RandomDraws(max_num_seqs, model.args.vocab_size, tokens_RL), MAX_TOP_K
-        self._chunk_graphs = ChunkGraphs(self._forward, tokens_RL, model.args.vocab_size, tp)
-        self._to_capture: list[FusedDecoder | ChunkGraphs] = [self._decoder, self._chunk_graphs] if graphs else []
+        self._chunk_graphs = ChunkGraphs(self._forward, tokens_RL, model.args.vocab_size, tp, max_num_seqs)
+        self._captures: list[_Graphs] = [self._decoder, self._chunk_graphs] if graphs else []
 
     def __call__(self, inputs: StepInputs) -> torch.Tensor:
         """See `Network`."""
@@ -91,17 +99,17 @@ class FusedNetwork:
             self.drawn_N = decoder.step.draws.drawn_S[: len(rows_T)]
             return logits_TV
         chunks, graphs = None, self._chunk_graphs
+        num_decodes, asked_N = len(inputs.decode_lens), inputs.logits_rows_N
         if inputs.chunks_3P is not None:
-            parts = len(inputs.decode_lens) + len(inputs.prefills)
-            num_logits = len(rows_T) if inputs.logits_rows_N is None else len(inputs.logits_rows_N)
-            longest = max(inputs.decode_lens, default=0)
-            if graphs.fits(len(rows_T), parts, num_logits) and longest <= _LONG_DECODE:
-                return graphs(rows_T, positions_T, len(inputs.decode_lens), inputs.chunks_3P, inputs.logits_rows_N)
+            num_logits = len(rows_T) if asked_N is None else len(asked_N)
+            room = graphs.room(len(rows_T), inputs.decode_lens, len(inputs.prefills), num_logits)
+            if room is not None:
+                return graphs(room, rows_T, positions_T, num_decodes, inputs.chunks_3P, asked_N)
             rows, starts, contexts = inputs.chunks_3P
             chunks = self._chunks(rows[:-1], starts, contexts[:-1])
+        decodes_S = positions_T[:num_decodes] if num_decodes else None
         return self._forward(
-            self._tokens_RL[rows_T, positions_T], rows_T, positions_T, len(inputs.decode_lens), chunks,
-            inputs.logits_rows_N,
+            self._tokens_RL[rows_T, positions_T], rows_T, positions_T, decodes_S, chunks, asked_N
         )  # fmt: skip
 
     def draw_greedy(self, logits_NV: torch.Tensor, rows_N: torch.Tensor, positions_N: torch.Tensor) -> torch.Tensor:
@@ -132,17 +140,17 @@ class FusedNetwork:
     @property
     def improvable(self) -> bool:
         """See `Network`."""
-        return bool(self._to_capture)
+        return any(graphs.missing for graphs in self._captures)
 
     def improve(self, idle: bool) -> None:
         """Captures one graph: of the last step that found none, else, when idle, the largest missing one."""
-        wanted = [graphs for graphs in self._to_capture if graphs.wanted is not None]
-        for graphs in (wanted or self._to_capture if idle else wanted)[:1]:
+        lacking = [graphs for graphs in self._captures if graphs.missing]
+        wanted = [graphs for graphs in lacking if graphs.wanted is not None]
+        for graphs in (wanted or lacking if idle else wanted)[:1]:
             graphs.capture(graphs.missing[-1] if graphs.wanted is None else graphs.wanted)
-        self._to_capture = [graphs for graphs in self._to_capture if graphs.missing]
 
     def close(self) -> None:
         """Drops the graphs: NCCL's end waits for those that hold its kernels."""
-        self._to_capture = []
+        self._captures = []
         self._decoder.close()
         self._chunk_graphs.close()

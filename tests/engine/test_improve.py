@@ -75,7 +75,7 @@ class Graphs:
 def test_graphs_that_steps_have_missed_come_first_then_the_largest() -> None:
     decodes, chunks = Graphs(), Graphs()
     network = FusedNetwork.__new__(FusedNetwork)  # its kernels need a GPU
-    network._to_capture = [decodes, chunks]  # type: ignore[list-item]
+    network._captures = [decodes, chunks]  # type: ignore[list-item]
     network.improve(idle=False)
     assert decodes.captured == chunks.captured == [], "nobody has missed anything"
     chunks.wanted = 2  # type: ignore[assignment]

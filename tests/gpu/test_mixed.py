@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.gpu.test_network import BLOCK, BLOCKS, MAX_LEN, ROWS, STEPS, Driver, llama
+from tests.gpu.network_driver import BLOCK, BLOCKS, MAX_LEN, ROWS, Driver, llama
+from tests.gpu.test_network import STEPS
 from tpserve.model.fused_network import FusedNetwork
 from tpserve.model.kv_cache import PagedKVCache
 from tpserve.model.llama import Llama, TransformerBlock

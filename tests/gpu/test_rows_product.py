@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.gpu.test_network import SHAPES, Driver, llama
+from tests.gpu.network_driver import SHAPES, Driver, llama
 from tpserve.model.kernels import has_gluon, is_hopper
 
 pytestmark = [

@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -25,6 +26,9 @@ from tpserve.model.llama import Llama
 from tpserve.model.network import PlainNetwork, StepInputs
 from tpserve.model.parallel import TensorParallel
 from tpserve.model.rope import rope_table
+
+if TYPE_CHECKING:
+    from tpserve.model.chunk_graphs import Room
 
 CPU = torch.device("cpu")
 ROWS, MAX_LEN, BLOCK, VOCAB = 24, 64, 16, 101
@@ -50,6 +54,7 @@ class Both:
     """The same steps by the plain network and by the kernels."""
 
     def __init__(self, heads: int, kv_heads: int) -> None:
+        from tpserve.model.chunk_graphs import ChunkGraphs
         from tpserve.model.decode_step import DecodeStep
         from tpserve.model.fused_forward import FusedForward
 
@@ -66,6 +71,8 @@ class Both:
         self.plain = PlainNetwork(copy.deepcopy(model), self.caches[0], self.tokens, tables)
         self.decode_step = DecodeStep(model, self.caches[1], TensorParallel(), self.drawn, tables, BATCHES)
         self.forward = FusedForward(model, self.decode_step.layers, self.caches[1], TensorParallel(), tables)
+        self.graphs = ChunkGraphs(self.forward, self.tokens, VOCAB, TensorParallel(), ROWS)
+        self.tables = tables
 
     def expected(self, parts: list[Part], asked_N: torch.Tensor | None) -> torch.Tensor:
         rows, positions = flat(parts)
@@ -86,29 +93,24 @@ class Both:
             torch.tensor([row for row, _, _ in prompts]), torch.tensor(begins),
             torch.tensor([start for _, start, _ in prompts]),
         )  # fmt: skip
-        got = self.forward(
-            self.tokens[rows, positions], rows, positions, begins[0], chunks if prompts else None, asked_N
-        )
+        decodes = positions[: begins[0]] if begins[0] else None
+        got = self.forward(self.tokens[rows, positions], rows, positions, decodes, chunks if prompts else None, asked_N)
         self.compare(got, self.expected(parts, asked_N))
 
-    def staged(self, parts: list[Part], asked_N: torch.Tensor, bucket: int) -> None:
-        """As in a graph: padded, sequences that decode as chunks."""
-        from tpserve.model.fused_forward import Chunks
-        from tpserve.model.kernels.staging import Staged
-
+    def staged(self, parts: list[Part], asked_N: torch.Tensor) -> Room:
+        """As in a graph: padded. Which one it is."""
         rows, positions = flat(parts)
         prompts = [part for part in parts if part[2] > 1]
-        begins = [len(parts) - len(prompts)]
+        decodes = [start + 1 for _, start, n in parts if n == 1]
+        begins = [len(decodes)]
         for _, _, n in prompts:
             begins.append(begins[-1] + n)
         chunks_3P = torch.tensor([[*(p[0] for p in prompts), 0], begins, [*(p[1] for p in prompts), 0]])
-        staged = Staged.empty(64, 16, CPU)
-        staged.stage(bucket, rows, positions, begins[0], chunks_3P, asked_N)
-        rows_T, positions_T = staged.rows_T[:bucket], staged.positions_T[:bucket]
-        chunks = Chunks(staged.rows_P, staged.starts_P1, staged.contexts_P)
-        tokens_T = self.tokens[rows_T, positions_T.clamp(min=0)]
-        got = self.forward(tokens_T, rows_T, positions_T, 0, chunks, staged.logits_rows_N)
-        self.compare(got[: len(asked_N)], self.expected(parts, asked_N))
+        room = self.graphs.room(len(rows), decodes, len(prompts), len(asked_N))
+        assert room is not None
+        got = self.graphs(room, rows, positions, len(decodes), chunks_3P, asked_N)
+        self.compare(got, self.expected(parts, asked_N))
+        return room
 
     def decode(self, parts: list[Part], bucket: int) -> None:
         """The most probable tokens, too, which are written where the next step reads them."""
@@ -173,10 +175,28 @@ def check_steps_that_ask_for_other_rows() -> None:
 
 def check_padded_steps() -> None:
     both = Both(4, 2)
-    for parts, bucket in (
+    for parts, tokens in (
         ([(0, 0, 9), (1, 0, 20)], 32), ([(0, 9, 1), (2, 0, 11)], 16), ([(0, 10, 1), (1, 20, 1), (2, 11, 40)], 64),
     ):  # fmt: skip
-        both.staged(parts, last(parts), bucket)
+        room = both.staged(parts, last(parts))
+        assert (room.tokens, room.decodes, room.parts) == (tokens, 0, 16)
+
+
+def check_padded_steps_of_many_sequences() -> None:
+    """Those that decode are attended to by themselves, and prompts behind them; some of one token read what another
+    one's chunk writes in the same step."""
+    both = Both(4, 2)
+    prompts: list[Part] = [(row, 0, 3 + row) for row in range(22)]
+    both.mixed(prompts, last(prompts))
+    decodes: list[Part] = [(row, 3 + row, 1) for row in range(20)]
+    both.tables[23, :2] = both.tables[22, :2]
+    for parts, tokens, chunks in (
+        ([*decodes, (20, 23, 9), (21, 24, 2)], 32, 16),
+        ([*((row, start + 1, 1) for row, start, _ in decodes[:17]), (23, 32, 1), (22, 0, 33)], 64, 16),
+        ([(row, 30, 2) for row in range(19)], 64, 24),
+    ):
+        room = both.staged(parts, last(parts)[1:])
+        assert (room.tokens, room.decodes, room.parts) == (tokens, 24, chunks)
 
 
 def check_decode_steps() -> None:

@@ -93,6 +93,7 @@ def main() -> None:
                 decoder.enqueue_all()
                 if size == 2:
                     ways.mixed.compile()
+                    ways.graphs.enqueue(ways.graphs.missing[0], num_layers=2)
                 else:
                     tokens_RL = torch.zeros(variants.ROWS, variants.MAX_LEN, dtype=torch.int64)
                     RandomDraws(variants.ROWS, 32000, tokens_RL).enqueue_all(ways.decode.logits_SV[:1])

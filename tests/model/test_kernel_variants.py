@@ -102,8 +102,8 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[Variant]]:
             return lambda other: Kernel(other, do_not_specialize or [], found)
         return Kernel(function, [], found)
 
-    ours = ("tpserve.model.kernels.", "tpserve.model.decode_step", "tpserve.model.fused_", "tpserve.model.residual",
-            "tpserve.model.share_exchange", "tpserve.model.tens_of_rows", "triton")  # fmt: skip
+    names = ("kernels.", "chunk_graphs", "decode_step", "fused_", "residual", "share_exchange", "tens_of_rows")
+    ours = ("triton", *(f"tpserve.model.{name}" for name in names))
     for name in [name for name in sys.modules if name.startswith(ours)]:
         parent, _, child = name.rpartition(".")
         if parent in sys.modules:
@@ -146,13 +146,15 @@ class Ways:
     def __init__(
         self, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, size: int, exchanges: bool, gluon: bool
     ) -> None:
-        monkeypatch.setattr("tpserve.model.kernels.mixed.matmul", _unmultiplied)
+        product = lambda x, w, out=None: x.new_empty(len(x), w.shape[0]) if out is None else out  # noqa: E731
+        monkeypatch.setattr("tpserve.model.kernels.mixed.matmul", product)
         monkeypatch.setattr("tpserve.model.tens_of_rows.has_gluon", lambda: gluon)
         monkeypatch.setattr("tpserve.model.tens_of_rows.is_hopper", lambda device: True)
         self._imported = {
             name: importlib.import_module(f"tpserve.model.{name}")
-            for name in ("decode_step", "fused_forward", "residual", "kernels.all_reduce", "kernels.row_exchange")
-        }
+            for name in ("chunk_graphs", "decode_step", "fused_forward", "residual", "kernels.all_reduce",
+                         "kernels.row_exchange")
+        }  # fmt: skip
         steps, tp = self._imported["decode_step"], TensorParallel(0, size, None)
         for module in (steps, self._imported["residual"]):  # a CPU multiplies halves into halves
             monkeypatch.setattr(
@@ -170,7 +172,7 @@ class Ways:
         shard(model, tp)
         model.to_empty(device=CPU)
         model.rope_PC2 = rope_table(ARGS, MAX_LEN, CPU)
-        model.gather = lambda x: x
+        model.gather = lambda x: x.new_zeros(len(x), ARGS.vocab_size)
         cache = PagedKVCache(
             ARGS.n_layers, 64, BLOCK, num_kv_heads(ARGS, tp), ARGS.head_dim, dtype=dtype, device=CPU
         )  # fmt: skip
@@ -181,6 +183,7 @@ class Ways:
         self.mixed = forward.FusedForward(model, self.decode.layers, cache, tp, tables_RB, rows, shares)
         self.mixed._products.pdl = self.decode._pdl = self.decode._products.pdl = True  # as on a GPU
         self.chunks = forward.Chunks
+        self.graphs = self._imported["chunk_graphs"].ChunkGraphs(self.mixed, tokens_RL, ARGS.vocab_size, tp, ROWS)
 
     def _row_exchange(self, tp: TensorParallel, dtype: torch.dtype) -> Any:
         kind = self._imported["kernels.row_exchange"].RowExchange
@@ -198,10 +201,6 @@ class Ways:
         made.gather_offset = 2 * made._slot_words
         made._words, made.peers = torch.zeros(2, 16, dtype=torch.int64).unbind()
         return made
-
-
-def _unmultiplied(x: torch.Tensor, w: Any, out: torch.Tensor | None = None) -> torch.Tensor:
-    return x.new_empty(len(x), w.shape[0]) if out is None else out
 
 
 class _Shares:
@@ -228,6 +227,7 @@ WAYS = [(1, False, False), (1, False, True), (2, False, True), (2, True, False),
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("size", "exchanges", "gluon"), WAYS)
+@torch.no_grad()
 def test_two_layers_launch_every_variant(
     seen: set[Variant], monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, size: int, exchanges: bool, gluon: bool
 ) -> None:
@@ -235,8 +235,7 @@ def test_two_layers_launch_every_variant(
 
     def variants(enqueue: Callable[..., object], *args: object) -> set[Variant]:
         seen.clear()
-        with torch.no_grad():
-            enqueue(*args)
+        enqueue(*args)
         return set(seen)
 
     decoder: Any = FusedDecoder.__new__(FusedDecoder)
@@ -251,7 +250,7 @@ def test_two_layers_launch_every_variant(
     chunks = ways.chunks(rows_T[:2], torch.tensor([4, 20, 40]), rows_T[:2])
     for asked_N in (None, rows_T[:3]):
         noted, every = (
-            variants(ways.mixed, rows_T, rows_T, positions_T, 4, chunks, asked_N, n) for n in (2, None)
+            variants(ways.mixed, rows_T, rows_T, positions_T, positions_T[:4], chunks, asked_N, n) for n in (2, None)
         )  # fmt: skip
         assert len(every) > 4
         assert noted == every
@@ -259,6 +258,7 @@ def test_two_layers_launch_every_variant(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("size", "exchanges", "gluon"), WAYS)
+@torch.no_grad()
 def test_mixed_steps_launch_what_was_compiled(
     seen: set[Variant], monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, size: int, exchanges: bool, gluon: bool
 ) -> None:
@@ -266,29 +266,35 @@ def test_mixed_steps_launch_what_was_compiled(
     behind the other, so that some begin at odd places."""
     ways = Ways(monkeypatch, dtype, size, exchanges, gluon)
     ways.mixed.compile()
-    compiled, products = set(seen), 0
+    ways.graphs.enqueue(ways.graphs.missing[0], num_layers=2)
+    compiled, products, rooms = set(seen), 0, set()
     for tokens in (1, 8, 9, 16, 31, 64, 65, 70, 111, 112, 128, 129, 1024, 1025, 1099, 1100, 1101, 1500):
         for decodes, prompts in ((0, 1), (1, 1), (7, 3), (30, 1), (3, 18)):
-            after = tokens - decodes
-            if after < prompts:
+            if tokens < decodes + prompts:
                 continue
             sent = torch.zeros(3 * tokens + 3 * (prompts + 1) + 40, dtype=torch.int64)
             rows_T, positions_T = sent[:tokens], sent[tokens : 2 * tokens].fill_(-1)
-            rows_P, starts_P1, contexts_P = sent[2 * tokens : 2 * tokens + 3 * (prompts + 1)].view(3, -1)
-            starts_P1[:] = decodes + torch.arange(prompts + 1) * (after // prompts)
+            chunks_3P = sent[2 * tokens : 2 * tokens + 3 * (prompts + 1)].view(3, -1)
+            rows_P, starts_P1, contexts_P = chunks_3P
+            starts_P1[:] = decodes + torch.arange(prompts + 1) * ((tokens - decodes) // prompts)
             chunks = ways.chunks(rows_P[:-1], starts_P1, contexts_P[:-1])
             for asked in (0, 1, 7, 33, None):
                 seen.clear()
                 rows_N = None if asked is None else sent[len(sent) - 40 :][: min(asked, tokens)]
-                with torch.no_grad():
-                    ways.mixed(rows_T.clone(), rows_T, positions_T, decodes, chunks, rows_N)
+                room = ways.graphs.room(tokens, [1] * decodes, prompts, tokens if rows_N is None else len(rows_N))
+                rooms.add(room)
+                ways.mixed(
+                    rows_T.clone(), rows_T, positions_T, positions_T[:decodes] if decodes else None, chunks, rows_N
+                )
+                if room is not None:
+                    ways.graphs(room, rows_T, positions_T, decodes, chunks_3P, rows_N)
                 assert seen <= compiled, (tokens, decodes, prompts, asked)
                 products += any("rows_product" in name or "rows_pairs" in name for name, _ in seen)
     assert bool(products) == (gluon and dtype == torch.bfloat16)
+    assert {room and (room.decodes > 0, room.parts) for room in rooms} == {None, (False, 16), (True, 16), (True, ROWS)}
 
 
 def test_more_rows_than_a_grid_has_places(seen: set[Variant]) -> None:
     pointwise = importlib.import_module("tpserve.model.kernels.pointwise")
-    y_SN = torch.zeros(140_000, 16, dtype=torch.bfloat16)
-    pointwise.silu_mul(y_SN, y_SN.new_empty(140_000, 8))
+    pointwise.silu_mul(*(torch.zeros(140_000, n, dtype=torch.bfloat16) for n in (16, 8)))
     assert len(seen) == 1
