@@ -21,13 +21,14 @@ from tpserve.model.fused_forward import Chunks, FusedForward
 from tpserve.model.kernels.staging import Staged
 from tpserve.model.parallel import TensorParallel
 
-BUCKETS = (16, 32, 64, 128, 256, 512, 1024)
-# Beside sequences that decode: those are many, and up to some 200 rows a product takes what reading its weight takes.
-_WIDE_BUCKETS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+# A product takes what reading its weight takes up to some 200 rows, and from there on what its rows take.
+BUCKETS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 640, 768, 896, 1024)
 FEW_PARTS = 16
-# Keys of a sequence that decodes: as a chunk of one token one program a key/value head reads them all, at some µs a
-# thousand and layer.
-_LONG_DECODE = 4096
+# As a chunk of one token a sequence's keys are read by one program a key/value head, and beside long chunks by programs
+# for 128 rows; attention that splits keys is a kernel more. ms a step of 7B on an H200, as chunks and split: 1 x 640
+# and 16 tokens 4.13, 4.10; 1 x 2,048 4.94, 4.25; 8 x 640 4.45, 4.69; 8 x 2,048 5.71, 6.02; 8 x 640 and 128 tokens 7.07,
+# 6.74 (of which smaller buckets are a part); and 512 tokens 23.1, 17.0.
+_LONG_DECODE, _FEW_TOKENS = 2048, 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,10 +69,9 @@ class ChunkGraphs:
         self._forward, self._tokens_RL, self._tp = forward, tokens_RL, tp
         self._staged = Staged.empty(BUCKETS[-1], rows, rows, device)
         self._logits_NV = torch.zeros(rows, vocab_size, dtype=torch.float32, device=device)
-        usual = [self._few(n) for n in BUCKETS]
-        if max_num_seqs > FEW_PARTS:
-            usual = [self._many(n, FEW_PARTS) for n in _WIDE_BUCKETS] + usual
-        self._usual = usual  # what is captured before a step has it
+        # What is captured before a step has it.
+        self._usual = [self._many(n, FEW_PARTS) for n in BUCKETS if max_num_seqs > FEW_PARTS or n > _FEW_TOKENS]
+        self._usual += [self._few(n) for n in BUCKETS]
         self.wanted: Room | None = None
         self._graphs: dict[Room, torch.cuda.CUDAGraph | None] = {}  # None: there was no memory for it
         self._stream: torch.cuda.Stream | None = None
@@ -89,9 +89,10 @@ class ChunkGraphs:
         parts = len(decode_lens) + num_chunks
         if num_tokens > BUCKETS[-1] or max(parts, num_logits) > len(self._logits_NV):
             return None
-        if max(parts, num_logits) <= FEW_PARTS and max(decode_lens, default=0) <= _LONG_DECODE:
-            return self._few(min(n for n in BUCKETS if n >= num_tokens))
-        tokens = min(n for n in _WIDE_BUCKETS if n >= num_tokens)
+        tokens = min(n for n in BUCKETS if n >= num_tokens)
+        as_chunks = not decode_lens or (num_tokens <= _FEW_TOKENS and max(decode_lens) <= _LONG_DECODE)
+        if as_chunks and max(parts, num_logits) <= FEW_PARTS:
+            return self._few(tokens)
         return self._many(tokens, FEW_PARTS if num_chunks <= FEW_PARTS else len(self._logits_NV))
 
     def _few(self, tokens: int) -> Room:

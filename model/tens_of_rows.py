@@ -46,9 +46,11 @@ class TensOfRows:
 
     def _tile(self, s: int, w: Matrix, **how: bool) -> RowsTile | None:
         """None: cuBLAS."""
-        if self._product is None or w.scale is not None:
+        if self._product is None or w.group > 0:
             return None
-        tile: RowsTile | None = self._product.choose_rows_tile(s, *w.shape, self._processors, **how)
+        tile: RowsTile | None = self._product.choose_rows_tile(
+            s, *w.shape, self._processors, itemsize=w.q.element_size(), **how
+        )
         return tile
 
     def product(
@@ -71,7 +73,7 @@ class TensOfRows:
             out_SN = torch.empty(tile.parts, len(x_SK), w.shape[0], dtype=torch.float32, device=x_SK.device)
         elif out_SN is None:
             out_SN = x_SK.new_empty(len(x_SK), w.shape[0])
-        self._product.rows_product(x_SK, w.q, out_SN, tile, pdl=self.pdl)
+        self._product.rows_product(x_SK, w, out_SN, tile, pdl=self.pdl)
         return out_SN
 
     def qkv(
@@ -100,7 +102,7 @@ class TensOfRows:
         tile = self._tile(len(x_SD), w_ND)
         where = (rope_PC2, positions_S, slots_S, normed, parts)
         if self._pairs is not None and tile is not None and self._pairs.fits_qkv(tile, q_SHE, k_cache):
-            self._pairs.qkv(x_SD, w_ND.q, q_SHE, k_cache, v_cache, *where, tile, pdl=self.pdl)
+            self._pairs.qkv(x_SD, w_ND, q_SHE, k_cache, v_cache, *where, tile, pdl=self.pdl)
             return
         rope_and_write(self.product(x_SD, w_ND), q_SHE, k_cache, v_cache, *where, pdl=self.pdl)
 
@@ -117,6 +119,6 @@ class TensOfRows:
         """
         tile = self._tile(len(x_SD), w_ND, with_end=True)
         if self._pairs is not None and tile is not None:
-            self._pairs.gate_up(x_SD, w_ND.q, out_SF, normed, parts, tile, pdl=self.pdl)
+            self._pairs.gate_up(x_SD, w_ND, out_SF, normed, parts, tile, pdl=self.pdl)
             return
         pointwise.silu_mul(self.product(x_SD, w_ND), out_SF, normed, parts, pdl=self.pdl)

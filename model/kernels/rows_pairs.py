@@ -24,11 +24,11 @@ from tpserve.model.kernels.rows_product import (
     ask_for_weights,
     descriptor,
     padded,
+    scaled,
     sum_up,
     warps,
 )
-
-_DEPTH = gl.constexpr(64)
+from tpserve.model.matrix import Matrix
 
 
 @gluon.constexpr_function
@@ -65,21 +65,31 @@ def _halves(acc, squares, D: gl.constexpr, P: gl.constexpr, EPS: gl.constexpr, B
     return a, b
 
 
+@gluon.jit
+def _scaled_pairs(acc, scale_ptr, first, BN: gl.constexpr):
+    """Sums of even rows above those of odd ones times their scales; pairs are counted from `first` on."""
+    n = gl.arange(0, BN, gl.SliceLayout(1, acc.type.layout))
+    return acc * gl.load(scale_ptr + 2 * (first + n % (BN // 2)) + n // (BN // 2))[:, None]
+
+
 @gluon.jit(do_not_specialize=["num_rows"])
 def _gate_up_kernel(
-    gate_desc, up_desc, x_desc, sums_ptr, out_ptr, num_rows,
+    gate_desc, up_desc, scale_ptr, x_desc, sums_ptr, out_ptr, num_rows,
     K: gl.constexpr, F: gl.constexpr, P: gl.constexpr, EPS: gl.constexpr, M: gl.constexpr, BN: gl.constexpr,
     ENTRIES: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     ENDS: gl.constexpr = gl.SliceLayout(2, _ends_layout(gl.num_warps()))
+    STEPS: gl.constexpr = (K + x_desc.block_shape[1] - 1) // x_desc.block_shape[1]
     row = gl.program_id(0) * (BN // 2)
-    ws, xs, full = ask_for_weights(gate_desc, up_desc, row, 0, M, BN, ENTRIES, 2)
+    ws, xs, full = ask_for_weights(gate_desc, up_desc, x_desc, row, 0, M, BN, ENTRIES, 2)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     ask_for_rows(x_desc, xs, full, 0, ENTRIES)
     squares = _load_squares(sums_ptr, P, M)
-    acc = sum_up(gate_desc, up_desc, x_desc, ws, xs, full, row, 0, K // _DEPTH, M, BN, ENTRIES, 2)
+    acc = sum_up(gate_desc, up_desc, x_desc, ws, xs, full, row, 0, STEPS, M, BN, ENTRIES, 2)
+    if gate_desc.dtype != x_desc.dtype:
+        acc = scaled(acc, scale_ptr, row, F + row, 2 * F, BN)
     gate, up = _halves(acc, squares, K, P, EPS, BN, M)
     act = gate / (1.0 + gl.exp(-gate)) * up
     n, m = gl.arange(0, BN // 2, gl.SliceLayout(1, ENDS)) + row, gl.arange(0, M, gl.SliceLayout(0, ENDS))
@@ -112,7 +122,8 @@ def _angles(rope_ptr, positions_ptr, first, there, rotates, E: gl.constexpr, BN:
 # Positions may be a slice of what came from the host, of any alignment.
 @gluon.jit(do_not_specialize=["positions_ptr", "slots_ptr", "num_rows"])
 def _qkv_kernel(
-    even_desc, odd_desc, x_desc, sums_ptr, q_ptr, k_ptr, v_ptr, rope_ptr, positions_ptr, slots_ptr, num_rows,
+    even_desc, odd_desc, scale_ptr, x_desc, sums_ptr, q_ptr, k_ptr, v_ptr, rope_ptr, positions_ptr, slots_ptr,
+    num_rows,
     D: gl.constexpr, H: gl.constexpr, KV: gl.constexpr, E: gl.constexpr, P: gl.constexpr, EPS: gl.constexpr,
     M: gl.constexpr, BN: gl.constexpr, ENTRIES: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
@@ -120,7 +131,8 @@ def _qkv_kernel(
     row = gl.program_id(0) * (BN // 2)  # of pairs of features, of which a head has E / 2
     QUERIES: gl.constexpr = H * E // 2
     KEYS: gl.constexpr = KV * E // 2
-    ws, xs, full = ask_for_weights(even_desc, odd_desc, row, 0, M, BN, ENTRIES, 2)
+    STEPS: gl.constexpr = (D + x_desc.block_shape[1] - 1) // x_desc.block_shape[1]
+    ws, xs, full = ask_for_weights(even_desc, odd_desc, x_desc, row, 0, M, BN, ENTRIES, 2)
     m = gl.arange(0, M, gl.SliceLayout(0, ENDS))
     there = m < num_rows
     cos, sin = _angles(rope_ptr, positions_ptr, row, there, row < QUERIES + KEYS, E, BN, M)
@@ -130,7 +142,9 @@ def _qkv_kernel(
     ask_for_rows(x_desc, xs, full, 0, ENTRIES)
     squares = _load_squares(sums_ptr, P, M)
     slot = gl.load(slots_ptr + m, mask=there, other=-1)
-    acc = sum_up(even_desc, odd_desc, x_desc, ws, xs, full, row, 0, D // _DEPTH, M, BN, ENTRIES, 2)
+    acc = sum_up(even_desc, odd_desc, x_desc, ws, xs, full, row, 0, STEPS, M, BN, ENTRIES, 2)
+    if even_desc.dtype != x_desc.dtype:
+        acc = _scaled_pairs(acc, scale_ptr, row, BN)
     even, odd = _halves(acc, squares, D, P, EPS, BN, M)
     n = gl.arange(0, BN // 2, gl.SliceLayout(1, ENDS)) + row
     even, odd = even * cos - odd * sin, even * sin + odd * cos
@@ -144,7 +158,7 @@ def _qkv_kernel(
 
 def qkv(
     x_SD: torch.Tensor,
-    w_ND: torch.Tensor,
+    w_ND: Matrix,
     q_SHE: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
@@ -173,7 +187,8 @@ def qkv(
     """
     (n, d), (s, h, e), M, half = w_ND.shape, q_SHE.shape, padded(len(x_SD)), tile.rows // 2
     _qkv_kernel[(n // tile.rows,)](
-        descriptor(w_ND[::2], half), descriptor(w_ND[1::2], half), descriptor(x_SD, M),
+        descriptor(w_ND.q[::2], half), descriptor(w_ND.q[1::2], half), w_ND.q if w_ND.scale is None else w_ND.scale,
+        descriptor(x_SD, M, w_ND.q),
         x_SD if normed is None else normed.sums, q_SHE, k_cache, v_cache, rope_PC2, positions_S, slots_S, s,
         D=d, H=h, KV=k_cache.shape[1], E=e, P=parts, EPS=0.0 if normed is None else normed.eps, M=M, BN=tile.rows,
         ENTRIES=tile.entries, PDL=pdl, num_warps=warps(tile), launch_pdl=pdl,
@@ -188,7 +203,7 @@ def fits_qkv(tile: RowsTile, q_SHE: torch.Tensor, k_cache: torch.Tensor) -> bool
 
 def gate_up(
     x_SD: torch.Tensor,
-    w_ND: torch.Tensor,
+    w_ND: Matrix,
     out_SF: torch.Tensor,
     normed: Normed | None,
     parts: int,
@@ -208,7 +223,8 @@ def gate_up(
     """
     d, (s, f), M, half = w_ND.shape[1], out_SF.shape, padded(len(x_SD)), tile.rows // 2
     _gate_up_kernel[(triton.cdiv(f, half),)](
-        descriptor(w_ND[:f], half), descriptor(w_ND[f:], half), descriptor(x_SD, M),
+        descriptor(w_ND.q[:f], half), descriptor(w_ND.q[f:], half), w_ND.q if w_ND.scale is None else w_ND.scale,
+        descriptor(x_SD, M, w_ND.q),
         x_SD if normed is None else normed.sums, out_SF, s, K=d, F=f, P=parts,
         EPS=0.0 if normed is None else normed.eps, M=M, BN=tile.rows, ENTRIES=tile.entries, PDL=pdl,
         num_warps=warps(tile), launch_pdl=pdl,

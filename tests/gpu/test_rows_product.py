@@ -20,49 +20,72 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def weight(rows: int, columns: int, kind: str) -> tuple[Any, torch.dtype, torch.Tensor]:
+    """As the kernels read it; the type of rows that it multiplies; and what it stands for, float64."""
+    from tpserve.model.matrix import ROW_SCALES, Matrix
+
+    w = torch.randn(rows, columns, device="cuda") / 50
+    if kind in ("bfloat16", "float16"):
+        dtype: torch.dtype = getattr(torch, kind)
+        return Matrix(w.to(dtype)), dtype, w.to(dtype).double()
+    scale = torch.rand(rows, device="cuda") + 0.5
+    q = torch.randint(-128, 128, w.shape, device="cuda").to(torch.int8) if kind == "int8" else w.to(torch.float8_e4m3fn)
+    return Matrix(q, scale, ROW_SCALES), torch.bfloat16, q.double() * scale.double()[:, None]
+
+
+KINDS = ["bfloat16", "float16", "int8", "fp8"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("S", [9, 40, 64, 96, 128])
 @pytest.mark.parametrize(
     ("rows", "parts", "entries"), [(64, 1, 3), (64, 3, 8), (128, 1, 4), (128, 4, 7), (256, 2, 3), (256, 5, 4)]
 )
-def test_products(S: int, rows: int, parts: int, entries: int, dtype: torch.dtype) -> None:
+def test_products(S: int, rows: int, parts: int, entries: int, kind: str) -> None:
     from tpserve.model.kernels.rows_product import RowsTile, rows_product
 
-    N, K = 512, 64 * 41  # parts of different lengths
-    x, w = torch.randn(S, K, device="cuda").to(dtype), torch.randn(N, K, device="cuda").to(dtype)
+    padded = max(16, 1 << (S - 1).bit_length())
+    if kind in ("int8", "fp8") and entries * (rows * 128 + padded * 256) > 225 << 10:
+        pytest.skip("the ring would be larger than a processor's memory: rows of x are as deep as the weight's")
+    N, K = 512, 64 * 81  # parts of different lengths
+    w, dtype, exact = weight(N, K, kind)
+    x = torch.randn(S, K, device="cuda").to(dtype)
     tile = RowsTile(rows, parts, entries)
     # Rows behind x's are not zero, and what is behind the output must stay as it was.
     memory = torch.full((S + 7, K), float("nan"), device="cuda", dtype=dtype)
     memory[:S] = x
     out = torch.full((parts * S + 1, N), 7.0, device="cuda", dtype=torch.float32 if parts > 1 else dtype)
     rows_product(memory[:S], w, out[:-1].view(parts, S, N) if parts > 1 else out[:-1], tile)
-    expected = x.double() @ w.double().T
+    expected = x.double() @ exact.T
     result = out[:-1].view(parts, S, N).double().sum(0)
     assert ((result - expected).norm() / expected.norm()).item() < (1e-5 if parts > 1 else 4e-3)
     assert (out[-1] == 7).all()
 
 
+@pytest.mark.parametrize("kind", ["bfloat16", "int8", "fp8"])
 @pytest.mark.parametrize("S", [9, 16, 33, 64, 128])
-def test_chosen_tiles_fit(S: int) -> None:
+def test_chosen_tiles_fit(S: int, kind: str) -> None:
     from tpserve.model.kernels.rows_product import choose_rows_tile, rows_product
 
     processors = torch.cuda.get_device_properties().multi_processor_count
     chosen = 0
     for N, K in ((12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008), (2560, 8192), (5120, 5120)):
         for in_parts, with_end in ((False, False), (True, False), (False, True)):
-            tile = choose_rows_tile(S, N, K, processors, in_parts=in_parts, with_end=with_end)
+            itemsize = 2 if kind == "bfloat16" else 1
+            tile = choose_rows_tile(S, N, K, processors, itemsize=itemsize, in_parts=in_parts, with_end=with_end)
             if tile is None:
                 continue
             chosen += 1
             assert tile.parts == 1 or in_parts
-            x, w = (torch.randn(n, K, device="cuda", dtype=torch.bfloat16) for n in (S, N))
+            w, dtype, exact = weight(N, K, kind)
+            x = torch.randn(S, K, device="cuda").to(dtype)
             shape = (tile.parts, S, N) if tile.parts > 1 else (S, N)
             out = torch.empty(shape, device="cuda", dtype=torch.float32 if tile.parts > 1 else torch.bfloat16)
             rows_product(x, w, out, tile)
-            expected = x.float() @ w.float().T
+            expected = x.float() @ exact.float().T
             result = out.float().sum(0) if tile.parts > 1 else out.float()
             assert ((result - expected).norm() / expected.norm()).item() < 4e-3
-    assert chosen >= (4 if S > 64 else 8)
+    assert chosen >= ((4 if S > 64 else 8) if kind == "bfloat16" else 4)
 
 
 def normed(S: int, D: int, dtype: torch.dtype) -> tuple[Any, torch.Tensor, int]:
@@ -77,20 +100,20 @@ def normed(S: int, D: int, dtype: torch.dtype) -> tuple[Any, torch.Tensor, int]:
     return Normed(residual, x, sums, 1e-5), divided[:S], D // width
 
 
-WAYS = [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float16, True)]
+WAYS = [("bfloat16", False), ("bfloat16", True), ("float16", True), ("int8", True), ("fp8", True)]
 PAIRS = [(64, 3), (128, 4), (256, 3)]
 
 
-@pytest.mark.parametrize(("dtype", "pdl"), WAYS)
+@pytest.mark.parametrize(("kind", "pdl"), WAYS)
 @pytest.mark.parametrize("S", [9, 40, 64, 128])
 @pytest.mark.parametrize(("rows", "entries"), PAIRS)
 @pytest.mark.parametrize("F", [512, 344])
-def test_gate_and_up(F: int, rows: int, entries: int, S: int, dtype: torch.dtype, pdl: bool) -> None:
+def test_gate_and_up(F: int, rows: int, entries: int, S: int, kind: str, pdl: bool) -> None:
     from tpserve.model.kernels.rows_pairs import gate_up
     from tpserve.model.kernels.rows_product import RowsTile
 
+    w, dtype, weights = weight(2 * F, 64 * 41, kind)
     x, divided, parts = normed(S, 64 * 41, dtype)
-    w = (torch.randn(2 * F, 64 * 41, device="cuda") / 50).to(dtype)
     out = torch.full((S + 1, F), 7.0, device="cuda", dtype=dtype)
     lacks_nothing = divided.to(dtype)
     for rows_SK, norm, of_parts, exact in (
@@ -98,25 +121,23 @@ def test_gate_and_up(F: int, rows: int, entries: int, S: int, dtype: torch.dtype
         (lacks_nothing, None, 0, lacks_nothing.double()),
     ):
         gate_up(rows_SK, w, out[:S], norm, of_parts, RowsTile(rows, 1, entries), pdl=pdl)
-        gate, up = (exact @ w.double().T).split(F, 1)
+        gate, up = (exact @ weights.T).split(F, 1)
         expected = gate / (1 + (-gate).exp()) * up
         assert ((out[:S].double() - expected).norm() / expected.norm()).item() < 4e-3
         assert (out[S] == 7).all()
 
 
-@pytest.mark.parametrize(("dtype", "pdl"), WAYS)
+@pytest.mark.parametrize(("kind", "pdl"), WAYS)
 @pytest.mark.parametrize("S", [9, 40, 64])
 @pytest.mark.parametrize(("rows", "entries"), PAIRS)
 @pytest.mark.parametrize(("H", "K", "E"), [(4, 4, 128), (8, 4, 64), (6, 2, 128)])
-def test_queries_keys_and_values(
-    H: int, K: int, E: int, rows: int, entries: int, S: int, dtype: torch.dtype, pdl: bool
-) -> None:
+def test_queries_keys_and_values(H: int, K: int, E: int, rows: int, entries: int, S: int, kind: str, pdl: bool) -> None:
     from tpserve.model.kernels.rows_pairs import fits_qkv, qkv
     from tpserve.model.kernels.rows_product import RowsTile
 
     D, slots, longest = 64 * 40, 200, 96
+    w, dtype, weights = weight((H + 2 * K) * E, D, kind)
     x, divided, parts = normed(S, D, dtype)
-    w = torch.randn((H + 2 * K) * E, D, device="cuda").to(dtype)
     q = torch.full((S + 1, H, E), 7.0, device="cuda", dtype=dtype)
     keys, values = (torch.full((slots, K, E), 7.0, device="cuda", dtype=dtype) for _ in range(2))
     rope = torch.randn(longest, E // 2, 2, device="cuda")
@@ -127,7 +148,7 @@ def test_queries_keys_and_values(
     assert fits_qkv(tile, q, keys)
     qkv(x.x_SD[:S], w, q[:S], keys, values, rope, positions, slot, x, parts, tile, pdl=pdl)
 
-    expected = (divided @ w.double().T).view(S, H + 2 * K, E)
+    expected = (divided @ weights.T).view(S, H + 2 * K, E)
     turned = torch.view_as_complex(expected.unflatten(2, (-1, 2)).contiguous())
     turned = turned * torch.view_as_complex(rope.double()[positions[:S]])[:, None]
     turned = torch.view_as_real(turned).flatten(2)
