@@ -24,11 +24,10 @@ from tpserve.model.parallel import TensorParallel
 # A product takes what reading its weight takes up to some 200 rows, and from there on what its rows take.
 BUCKETS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 640, 768, 896, 1024)
 FEW_PARTS = 16
-# As a chunk of one token a sequence's keys are read by one program a key/value head, and beside long chunks by programs
-# for 128 rows; attention that splits keys is a kernel more. ms a step of 7B on an H200, as chunks and split: 1 x 640
-# and 16 tokens 4.13, 4.10; 1 x 2,048 4.94, 4.25; 8 x 640 4.45, 4.69; 8 x 2,048 5.71, 6.02; 8 x 640 and 128 tokens 7.07,
-# 6.74 (of which smaller buckets are a part); and 512 tokens 23.1, 17.0.
-_LONG_DECODE, _FEW_TOKENS = 2048, 128
+# Keys of a sequence that decodes: as a chunk of one token one program a key/value head reads them all, while attention
+# that splits keys is a kernel more. ms a step of 7B on an H200, as chunks and split: 1 x 640 keys and 16 tokens 4.13,
+# 4.10; 1 x 2,048 4.94, 4.25; 8 x 640 4.45, 4.69; 8 x 2,048 5.71, 6.02; 8 x 640 and 200 tokens 7.55, 7.78.
+_LONG_DECODE = 2048
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +69,9 @@ class ChunkGraphs:
         self._staged = Staged.empty(BUCKETS[-1], rows, rows, device)
         self._logits_NV = torch.zeros(rows, vocab_size, dtype=torch.float32, device=device)
         # What is captured before a step has it.
-        self._usual = [self._many(n, FEW_PARTS) for n in BUCKETS if max_num_seqs > FEW_PARTS or n > _FEW_TOKENS]
-        self._usual += [self._few(n) for n in BUCKETS]
+        self._usual = [self._few(n) for n in BUCKETS]
+        if max_num_seqs > FEW_PARTS:
+            self._usual = [self._many(n, FEW_PARTS) for n in BUCKETS] + self._usual
         self.wanted: Room | None = None
         self._graphs: dict[Room, torch.cuda.CUDAGraph | None] = {}  # None: there was no memory for it
         self._stream: torch.cuda.Stream | None = None
@@ -90,8 +90,7 @@ class ChunkGraphs:
         if num_tokens > BUCKETS[-1] or max(parts, num_logits) > len(self._logits_NV):
             return None
         tokens = min(n for n in BUCKETS if n >= num_tokens)
-        as_chunks = not decode_lens or (num_tokens <= _FEW_TOKENS and max(decode_lens) <= _LONG_DECODE)
-        if as_chunks and max(parts, num_logits) <= FEW_PARTS:
+        if max(parts, num_logits) <= FEW_PARTS and max(decode_lens, default=0) <= _LONG_DECODE:
             return self._few(tokens)
         return self._many(tokens, FEW_PARTS if num_chunks <= FEW_PARTS else len(self._logits_NV))
 

@@ -85,7 +85,10 @@ def test_chosen_tiles_fit(S: int, kind: str) -> None:
             expected = x.float() @ exact.float().T
             result = out.float().sum(0) if tile.parts > 1 else out.float()
             assert ((result - expected).norm() / expected.norm()).item() < 4e-3
-    assert chosen >= ((4 if S > 64 else 8) if kind == "bfloat16" else 4)
+    if kind == "bfloat16" or S <= 64:
+        assert chosen >= (4 if S > 64 else 8)
+    else:
+        assert chosen == 0
 
 
 def normed(S: int, D: int, dtype: torch.dtype) -> tuple[Any, torch.Tensor, int]:
@@ -183,11 +186,11 @@ def test_products_of_tens_of_rows_are_ours_at_a_real_width(dtype: torch.dtype) -
     with pytest.MonkeyPatch.context() as patch:
         for module, name in ((rows_pairs, "qkv"), (rows_pairs, "gate_up"), (rows_product, "rows_product")):
             patch.setattr(module, name, noting(name, getattr(module, name)))
-        for parts, asked, expected in (
-            ([(row, 5, 1) for row in range(30)], True, [3, 3, 6]),
-            ([(row, 0, 2) for row in range(20)], True, [3, 3, 6]),
-            ([(row, 0, 2) for row in range(20)], False, [3, 2, 4]),
+        for parts, asked in (
+            ([(row, 5, 1) for row in range(30)], True),
+            ([(row, 0, 2) for row in range(20)], True),
+            ([(row, 0, 2) for row in range(20)], False),
         ):
             launched.clear()
             driver.step(parts, asked)
-            assert [launched.count(name) for name in ("qkv", "gate_up", "rows_product")] == expected
+            assert [launched.count(name) for name in ("qkv", "gate_up", "rows_product")] == [3, 3, 6]
