@@ -175,8 +175,7 @@ class Scheduler:
             return 0
         plan.num_prompt_logits += n if asks else 0
         start, seq.num_computed_tokens = seq.num_computed_tokens, seq.num_computed_tokens + n
-        if n > 1:  # who is admitted beside it may share them; but steps of single tokens read keys before they begin
-            self.residency.register(seq)
+        self.residency.register(seq)
         samples: tuple[Sequence, ...] = ()
         if seq.num_uncomputed_tokens == 0:
             samples = (seq, *seq.children)

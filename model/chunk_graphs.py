@@ -87,10 +87,12 @@ class ChunkGraphs:
             num_logits: rows that are asked for.
         """
         parts = len(decode_lens) + num_chunks
-        if num_tokens > BUCKETS[-1] or max(parts, num_logits) > len(self._logits_NV):
+        few = max(parts, num_logits) <= FEW_PARTS and max(decode_lens, default=0) <= _LONG_DECODE
+        rows = num_tokens if few else max(num_tokens, num_logits)  # several answers to a prompt ask for the same row
+        if rows > BUCKETS[-1] or max(parts, num_logits) > len(self._logits_NV):
             return None
-        tokens = min(n for n in BUCKETS if n >= num_tokens)
-        if max(parts, num_logits) <= FEW_PARTS and max(decode_lens, default=0) <= _LONG_DECODE:
+        tokens = min(n for n in BUCKETS if n >= rows)
+        if few:
             return self._few(tokens)
         return self._many(tokens, FEW_PARTS if num_chunks <= FEW_PARTS else len(self._logits_NV))
 
@@ -171,6 +173,8 @@ class ChunkGraphs:
         Returns:
             float32 logits [N, V], overwritten by the next call.
         """
+        num_logits = len(rows_T) if logits_rows_N is None else len(logits_rows_N)
+        assert num_logits <= room.logits, "logits of an earlier step would be returned"
         self._stage(room, rows_T, positions_T, num_decodes, chunks_3P, logits_rows_N)
         graph = self._graphs.get(room)
         if graph is not None:
@@ -178,4 +182,4 @@ class ChunkGraphs:
         else:
             self.wanted = None if room in self._graphs else room
             self._compute(room)
-        return self._logits_NV[: len(rows_T) if logits_rows_N is None else len(logits_rows_N)]
+        return self._logits_NV[:num_logits]

@@ -92,19 +92,29 @@ class Setup:
 
 
 def check_logits(setup: Setup, sizes: Sequence[int]) -> None:
-    """The decoder is no further from float32 than the plain network in bfloat16."""
-    outputs = {}
+    """The decoder is no further from float32 than the plain network in bfloat16.
+
+    Of some 64 rows a size together: what rounding does to attention that has one key in sight differs from row to row.
+    Of one row alone, one in ten would be further off by a tenth (60 seeds of the shape "7B"); the median is 0.79.
+    """
+    outputs = []
     before = setup.contents()  # a batch's new keys may stand in another batch's past
     for n in sizes:
         setup.decoder.capture(min(bucket for bucket in setup.decoder.buckets if bucket >= n))
-        batch = setup.batch(n, seed=n)
-        setup.restore(before)
-        outputs[n] = (setup.decoder(*batch).clone(), setup.plain(*batch))
+        for i in range(-(-64 // n)):
+            batch = setup.batch(n, seed=n + 100 * i)
+            setup.restore(before)
+            outputs.append((n, batch, setup.decoder(*batch).clone(), setup.plain(*batch)))
     setup.to_float32()
-    for n, (fused, plain) in outputs.items():
+    squares = {n: torch.zeros(3, dtype=torch.float64) for n in sizes}
+    for n, batch, fused, plain in outputs:
         setup.restore(before)
-        reference = setup.plain(*setup.batch(n, seed=n))
-        fused_error, plain_error = ((x - reference).norm() / reference.norm() for x in (fused, plain))
+        reference = setup.plain(*batch)
+        squares[n] += torch.stack(
+            [x.double().square().sum() for x in (fused - reference, plain - reference, reference)]
+        ).cpu()
+    for n, sums in squares.items():
+        fused_error, plain_error, _ = (sums / sums[2]).sqrt().tolist()
         assert fused_error < 1.1 * plain_error, f"{n} sequences: {fused_error:.4f}, the plain network {plain_error:.4f}"
         assert plain_error < 0.03
 

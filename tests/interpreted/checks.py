@@ -199,6 +199,18 @@ def check_padded_steps_of_many_sequences() -> None:
         assert (room.tokens, room.decodes, room.parts) == (tokens, 24, chunks)
 
 
+def check_more_logits_than_tokens() -> None:
+    """Many answers to one prompt ask for its last row, and log-probabilities of the prompt for the others."""
+    both = Both(4, 2)
+    for tokens, asked_N in (
+        (5, torch.full((20,), 4)),
+        (2, torch.tensor([0] * 17)),
+        (16, torch.tensor([*range(15), 15, 15])),
+    ):
+        both.graphs._logits_NV.fill_(7)
+        both.staged([(0, 0, tokens)], asked_N)
+
+
 def check_decode_steps() -> None:
     both = Both(4, 2)
     prompts: list[Part] = [(row, 0, 3 + 3 * row) for row in range(13)]
