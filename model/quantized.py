@@ -4,7 +4,8 @@
   `int8_mode`).
 - `int4`: a scale and a zero for every 128 inputs of an output feature, asymmetric; activations as they are.
 - `fp8`: float8_e4m3fn with a scale an output feature; in bfloat16 on a GPU activations are float8, too, with a scale
-  a token, except for the few that the kernels of a decode step multiply (`kernels/linear.py`).
+  a token, but not of steps of up to 64 tokens that kernels of ours multiply (`kernels/linear.py`, on Hopper also
+  `rows_product.py`).
 
 Products are torch's own where it has fast ones for the device and the type; elsewhere weights are widened for each
 product, which saves memory but no time. Embedding, head and norms keep their type.

@@ -1,9 +1,9 @@
 """Products of many rows with weights of any number of bits.
 
-int8 and int4: up to `MAX_MIXED_ROWS` rows a step is bound by reading weights, and a kernel widens them as it reads
-(`product.py`); beyond, they are widened to bfloat16 in memory first, for cuBLAS: a pass over the weights, next to
-products that are bound by the processors. float8 weights are multiplied by float8 activations, which have a scale a
-row, by torch, where 16 divides their sizes.
+int8 and int4, where there is nothing faster (`tens_of_rows.py`): up to `MAX_MIXED_ROWS` rows a step is bound by reading
+weights, and a kernel widens them as it reads (`product.py`); beyond, they are widened to bfloat16 in memory first, for
+cuBLAS: a pass over the weights, next to products that are bound by the processors. float8 weights are multiplied by
+float8 activations, which have a scale a row, by torch, where 16 divides their sizes.
 
 Shape suffixes: T rows, N and K as in y[T, N] = x[T, K] @ w[N, K]ᵀ.
 """
