@@ -1,4 +1,4 @@
-"""One life of a rank group: launched by torchrun, spoken to over ipc sockets, and ended completely."""
+"""One life of a rank group: launched by torchrun, spoken to over a socket, and ended completely."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
-import zmq
 
-from tpserve.engine.channel import KEYS_FILE, new_socket
+from tpserve.engine.channel import KEYS_FILE
 from tpserve.engine.config import EngineConfig
+from tpserve.engine.message_stream import ClientEnd
 from tpserve.engine.node_place import Place, interface_of
 from tpserve.engine.process import (
     children,
@@ -64,7 +64,6 @@ class RankGroup:
         self._ended: int | None = None  # who ended first
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(Reply)
-        self._poller = zmq.Poller()
         with contextlib.ExitStack() as undo:
             self.folder = Path(tempfile.mkdtemp(prefix="tpserve-"))  # mode 0700
             undo.callback(shutil.rmtree, self.folder, ignore_errors=True)
@@ -75,11 +74,8 @@ class RankGroup:
             # Read and write: opening does not wait, and the bytes stay until they are read.
             self._go = os.open(self.folder / GO_FILE, os.O_RDWR)
             undo.callback(os.close, self._go)
-            self._replies = new_socket(zmq.PULL, f"ipc://{self.folder}/replies", bind=True)
-            undo.callback(self._replies.close)
-            self._poller.register(self._replies, zmq.POLLIN)
-            self._events = new_socket(zmq.PUSH, f"ipc://{self.folder}/events", bind=False)
-            undo.callback(self._events.close)
+            self._rank_0 = ClientEnd(self.folder)
+            undo.callback(self._rank_0.close)
             command, env = _command(config, self.folder, place), _environment(config, place)
             store = () if place is None or place.store is None else (place.store.fileno(),)
             self._process = subprocess.Popen(
@@ -124,26 +120,22 @@ class RankGroup:
         os.write(self._go, b"g" * self._size)
 
     def send(self, *events: Event) -> None:
-        """Sends events to rank 0, which takes all of them in before its next step; callers hold a lock, for a socket
+        """Sends events to rank 0, which takes all of them in before its next step; callers hold a lock, for an encoder
         belongs to one thread at a time."""
         if events:
-            self._events.send_multipart([self._encoder.encode(event) for event in events])
+            self._rank_0.send([self._encoder.encode(event) for event in events])
 
     def receive(self, timeout_s: float) -> list[Reply]:
         """What rank 0 said; waits at most so long for the first word, or for the end of a process of the group."""
         self._watch_ranks()
-        replies: list[Reply] = []
         deadline_s = time.monotonic() + timeout_s
         while (wait_s := deadline_s - time.monotonic()) > 0 and self._ended is None:
-            readable = [what for what, _ in self._poller.poll(max(1, int(wait_s * 1000)))]
-            for what in readable:
-                if what is not self._replies:
-                    self._ended = self._ended or self._pid_of[what]
-            if self._replies in readable:
+            heard, ended = self._rank_0.wait(wait_s)
+            if ended:
+                self._ended = self._pid_of[ended[0]]
+            if heard:
                 break
-        while self._replies.poll(0):  # a dead group's last words, too
-            replies.append(self._decoder.decode(self._replies.recv()))
-        return replies
+        return [self._decoder.decode(message) for message in self._rank_0.receive()]  # a dead group's last words, too
 
     def stop(self, timeout_s: float = 5.0) -> None:
         """Asks the group to end, then makes sure."""
@@ -182,11 +174,11 @@ class RankGroup:
         fd = open_pidfd(pid)
         if fd is not None:
             self._pid_of[fd] = pid
-            self._poller.register(fd, zmq.POLLIN)
+            self._rank_0.poll.register(fd, select.POLLIN)
 
     def _close_pidfds(self) -> None:
         for fd in self._pid_of:
-            self._poller.unregister(fd)
+            self._rank_0.poll.unregister(fd)
             os.close(fd)
 
 

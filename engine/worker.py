@@ -11,15 +11,14 @@ from pathlib import Path
 
 import msgspec
 import torch
-import zmq
 
-from tpserve.engine.channel import new_socket
 from tpserve.engine.config import EngineConfig
 from tpserve.engine.core import EngineCore
 from tpserve.engine.errors import ConfigError, MissingDevicesError
 from tpserve.engine.group import build_core, choose_device, process_group
 from tpserve.engine.loop import follow, lead
 from tpserve.engine.meeting import follower_channel, leader_channel
+from tpserve.engine.message_stream import MessageStream
 from tpserve.engine.preload import preload
 from tpserve.engine.process import LAUNCHER_PID, LOG_LEVEL, die_with_parent
 from tpserve.engine.protocol import Event, Failed, Outputs, Ready, Reply
@@ -30,33 +29,31 @@ from tpserve.model.parallel import TensorParallel
 
 # The group is killed when a rank ends: the others wait so long for rank 0 to have said why.
 _RANK_0_SAYS_WHY_S = 2.0
+_LAST_WORD_S = 1.0
 EXIT_REFUSED = 3  # the configuration or the checkpoint cannot be served: a relaunch would not help
 
 logger = logging.getLogger(__name__)
 
 
 class ClientSocket:
-    """Rank 0's end of the client's sockets; a `Frontend`.
+    """Rank 0's end of the client's socket; a `Frontend`.
 
     Args:
         folder: the group's 0700 directory.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._events = new_socket(zmq.PULL, f"ipc://{folder}/events", bind=True)
-        self._replies = new_socket(zmq.PUSH, f"ipc://{folder}/replies", bind=False)
-        self._replies.linger = 1000  # ms: the last word of a group that refuses to start must arrive
+        self._stream = MessageStream.connect(folder)
         self._decoder = msgspec.msgpack.Decoder(Event)
         self._encoder = msgspec.msgpack.Encoder()
 
     def receive(self, timeout_s: float) -> list[Event]:
         """Every event that has arrived; waits at most so long for the first."""
-        events: list[Event] = []
-        wait_ms = int(timeout_s * 1000)
-        while self._events.poll(wait_ms):
-            events += map(self._decoder.decode, self._events.recv_multipart())
-            wait_ms = 0
-        return events
+        if timeout_s > 0:
+            self._stream.wait(timeout_s)
+        elif self._stream.has_unsent:
+            self._stream.flush()
+        return [self._decoder.decode(message) for message in self._stream.receive()]
 
     def send_outputs(self, outputs: Outputs) -> None:
         """Sends one step's tokens."""
@@ -64,7 +61,16 @@ class ClientSocket:
 
     def send(self, reply: Reply) -> None:
         """Sends anything."""
-        self._replies.send(self._encoder.encode(reply))
+        self._stream.send([self._encoder.encode(reply)])
+
+    def send_last(self, reply: Reply) -> None:
+        """Sends the last word of a group that refuses to start, and waits until it is on its way."""
+        self.send(reply)
+        self._stream.flush_all(_LAST_WORD_S)
+
+    def close(self) -> None:
+        """Drops what is unsent."""
+        self._stream.close()
 
 
 def main(folder: Path, build: Callable[[EngineConfig, torch.device, TensorParallel], EngineCore] = build_core) -> int:
@@ -100,7 +106,7 @@ def main(folder: Path, build: Callable[[EngineConfig, torch.device, TensorParall
     except (ConfigError, CheckpointError) as e:
         logger.error("%s", e)
         if socket is not None:
-            socket.send(Failed(str(e), e.num_devices if isinstance(e, MissingDevicesError) else None))
+            socket.send_last(Failed(str(e), e.num_devices if isinstance(e, MissingDevicesError) else None))
         else:
             time.sleep(_RANK_0_SAYS_WHY_S)
         return EXIT_REFUSED
@@ -117,8 +123,6 @@ def run(build: Callable[[EngineConfig, torch.device, TensorParallel], EngineCore
         # Not sys.exit: a collective that hangs in another thread must not keep a dead rank alive, and torch may abort
         # as it takes down what other ranks have left.
         logging.shutdown()
-        if status == EXIT_REFUSED:
-            zmq.Context.instance().destroy(linger=1000)  # ms: why must arrive
         os._exit(status)
 
 
