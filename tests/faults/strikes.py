@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from tests.faults.fronts import Front
 from tests.faults.processes import Group
@@ -162,9 +163,15 @@ def _strike(kind: str, group: Group, standby: Group | None) -> list[Group]:
 
 
 def _coming(front: Front, group: Group) -> Group | None:
-    """The group after this one, between `go` and ready: rank 0 has its sockets."""
+    """The group after this one, between `go` and ready: rank 0 has connected to the client."""
+    names = [line.split()[-1] for line in Path("/proc/net/unix").read_text().splitlines()]
     return next(
-        (one for one in front.groups if one.launcher != group.launcher and (one.folder / "events").exists()), None
+        (
+            one
+            for one in front.groups
+            if one.launcher != group.launcher and names.count(str(one.folder / "client")) > 1  # one listens
+        ),
+        None,
     )
 
 
