@@ -7,6 +7,8 @@ This one admits only the metadata's own classes, and views each stored tensor in
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import enum
 import io
 import mmap
@@ -15,9 +17,9 @@ import struct
 import warnings
 import zipfile
 import zlib
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +63,8 @@ _ALLOWED_NAMES = {
 _LOCAL_FILE_HEADER_BYTES = 30  # of the zip format, before file name and extra field
 _PREFETCH_BYTES = 128 << 10  # the kernel cuts a longer wish to its read-ahead window
 _PIECE_BYTES = 16 << 20  # asked for, then read
-_CHECK_THREADS = 4
+_CHECK_THREADS = 8
+_FILES_AHEAD = 2  # whose chunks are checked while another's are copied
 
 
 def _member(kind: Any, name: str) -> Any:
@@ -79,6 +82,28 @@ class _MetadataUnpickler(pickle.Unpickler):
         if (module, name) in _ALLOWED_NAMES or is_dtype:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} has no place in checkpoint metadata")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Begun:
+    """A file whose chunks are being checked: what is wanted of it, and the checks."""
+
+    path: Path
+    items: list[ReadItem]
+    data: mmap.mmap
+    checked: dict[MetadataIndex, futures.Future[None]]
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Errors as `CheckpointError`s that name the file."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as e:  # noqa: BLE001 - a damaged file can make the readers of zip files raise anything
+        reason = next(iter(str(e).splitlines()), "") or type(e).__name__
+        raise CheckpointError(f"{path} is missing or damaged ({reason}); convert the checkpoint again") from None
 
 
 class MmapReader(FileSystemReader):
@@ -133,32 +158,40 @@ class MmapReader(FileSystemReader):
             if where is None:
                 raise CheckpointError(f"{self._folder / '.metadata'} does not say where {item.storage_index.fqn} is")
             by_file[where.relative_path].append(item)
-        with ThreadPoolExecutor(_CHECK_THREADS, "tpserve-crc32") as pool:
-            for name, items in by_file.items():
-                path = self._folder / name
-                try:
-                    self._read_file(path, items, planner, pool)
-                except CheckpointError:
-                    raise
-                except Exception as e:  # noqa: BLE001 - a damaged file can make the readers of zip files raise anything
-                    reason = next(iter(str(e).splitlines()), "") or type(e).__name__
-                    raise CheckpointError(
-                        f"{path} is missing or damaged ({reason}); convert the checkpoint again"
-                    ) from None
+        begun: deque[_Begun] = deque()
+        with futures.ThreadPoolExecutor(_CHECK_THREADS, "tpserve-crc32") as pool:
+            try:
+                for name, items in by_file.items():
+                    path = self._folder / name
+                    with _explained(path):
+                        begun.append(self._begin(path, items, pool))
+                    if len(begun) > _FILES_AHEAD:
+                        self._end(begun.popleft(), planner)
+                while begun:
+                    self._end(begun.popleft(), planner)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
         done: Future[None] = Future()
         done.set_result(None)
         return done
 
-    def _read_file(self, path: Path, items: list[ReadItem], planner: LoadPlanner, pool: ThreadPoolExecutor) -> None:
+    def _begin(self, path: Path, items: list[ReadItem], pool: futures.ThreadPoolExecutor) -> _Begun:
+        """Maps a file and has its chunks checked."""
         if path.parent != self._folder or not path.is_file():  # nor a pipe that would be waited for
             raise CheckpointError(f"{path} is no file of this checkpoint; convert the checkpoint again")
         if self.manifest is not None and path.name not in self.manifest.crc32:
             self.manifest.check_whole(path.name)
         data = map_file(path)
-        checked = {item.storage_index: pool.submit(self.check, data, path, item.storage_index) for item in items}
-        for item in items:
-            checked[item.storage_index].result()
-            self._copy(data, path, item, planner)
+        indices = dict.fromkeys(item.storage_index for item in items)
+        return _Begun(path, items, data, {index: pool.submit(self.check, data, path, index) for index in indices})
+
+    def _end(self, begun: _Begun, planner: LoadPlanner) -> None:
+        """Copies what has been checked."""
+        with _explained(begun.path):
+            for item in begun.items:
+                begun.checked[item.storage_index].result()
+                self._copy(begun.data, begun.path, item, planner)
 
     def check(self, data: mmap.mmap, path: Path, index: MetadataIndex) -> None:
         """Reads a stored chunk and holds it against the manifest; zlib lets other threads run meanwhile.

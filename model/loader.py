@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -162,18 +163,20 @@ def _read_dcp(folder: Path, model: Llama, reader: MmapReader, share: Share, quan
 @torch.no_grad()
 def _read_source(model: Llama, source: WeightSource, share: Share, staged: StagedCopies) -> int:
     """Copies this rank's slices of other people's files; returns the bytes."""
-    parameters, total = model.state_dict(), 0
+    parameters = model.state_dict()
+    slabs: list[tuple[torch.Tensor, Callable[[], torch.Tensor]]] = []  # and what reads them
     for tensor in source.tensors:
         target = parameters.pop(tensor.name)
         dim, lo, hi = share.of(tensor.name, model.args.head_dim) or (0, 0, tensor.shape[0])
         step = max(1, _SLAB_BYTES * (hi - lo) // max(1, target.nbytes))
         for begin in range(lo, hi, step):
             end = min(begin + step, hi)
-            staged.copy(target.narrow(dim, begin - lo, end - begin), tensor.read(dim, begin, end, target.dtype))
-        total += target.nbytes
+            place = target.narrow(dim, begin - lo, end - begin)
+            slabs.append((place, partial(tensor.read, dim, begin, end, target.dtype)))
     if parameters:
         raise CheckpointError(f"{next(iter(parameters))} is missing")
-    return total
+    staged.read_and_copy(slabs)
+    return sum(place.nbytes for place, _ in slabs)
 
 
 def _open_reader(folder: Path, info: CheckpointInfo) -> MmapReader:

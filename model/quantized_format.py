@@ -3,7 +3,9 @@
 - `int8`: q_NK int8 [N, K] and scale_N float32 [N]; the weight is q · scale.
 - `fp8`: the same with q float8_e4m3fn.
 - `int4`: q_NK uint8 [N, K / 2], the even input in the low four bits, and scale_GN2 float32 [G, N, 2]; of each group of
-  inputs the weight is q · scale[..., 0] + scale[..., 1].
+  inputs the weight is q · scale[..., 0] + scale[..., 1]. The step scale[..., 0], and what q = 8 stands for, are numbers
+  that bfloat16 has, too (0.0998 of a normal weight's norm is lost, as without that), so that kernels whose weights are
+  (q - 8) · step + eight in bfloat16 round once.
 
 Shape suffixes: N output and K input features, G groups of inputs.
 """
@@ -66,8 +68,11 @@ class Format:
             block = weight_NK[lo:hi].float()
             if self.group:
                 low_NG, high_NG = block.view(hi - lo, -1, self.group).aminmax(dim=-1)
-                step_NG = _positive((high_NG - low_NG) / 15)
-                scale[:, lo:hi] = torch.stack([step_NG, low_NG], -1).transpose(0, 1)
+                step_NG = (high_NG - low_NG) / 15
+                eight_NG = (low_NG + 8 * step_NG).bfloat16().float()
+                # Equal inputs become eights: their zero is exact, whatever the step.
+                step_NG = _positive(torch.where(step_NG > 0, step_NG.bfloat16().float(), eight_NG.abs()))
+                scale[:, lo:hi] = torch.stack([step_NG, eight_NG - 8 * step_NG], -1).transpose(0, 1)
             else:
                 scale[lo:hi] = _positive(block.abs().amax(1) / (127 if self.scheme == "int8" else FP8_MAX))
         return scale

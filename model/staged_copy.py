@@ -7,7 +7,11 @@ contiguous once they are in the buffer.
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+import contextlib
+import itertools
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Self
 
 import torch
@@ -63,6 +67,18 @@ class StagedCopies:
                 place.copy_(staged.to(place.device, non_blocking=True))
             self._sent()
 
+    def read_and_copy(self, slabs: Sequence[tuple[torch.Tensor, Callable[[], torch.Tensor]]]) -> None:
+        """`copy` of what is read; for a GPU, threads read the next slabs meanwhile.
+
+        Args:
+            slabs: targets, and what reads their sources into new memory.
+        """
+        reads = [read for _, read in slabs]
+        sources = read_ahead(reads, _THREADS) if self._gpu else (read() for read in reads)
+        with contextlib.closing(sources):
+            for target, _ in slabs:
+                self.copy(target, next(sources))
+
     def finish(self) -> None:
         """Waits for the device."""
         for event in self._read:
@@ -89,3 +105,21 @@ class StagedCopies:
             event.record(torch.cuda.current_stream(self._device))
             self._read[self._next] = event
         self._next = (self._next + 1) % _BUFFERS
+
+
+def read_ahead(reads: Sequence[Callable[[], torch.Tensor]], threads: int) -> Generator[torch.Tensor]:
+    """What the calls return, in their order, each made by one of `threads` threads: while one result is used, those
+    behind it are made, as many as there are threads.
+
+    Raises:
+        Exception: what a call raised, when its turn has come; no further ones are begun.
+    """
+    reading: deque[Future[torch.Tensor]] = deque()
+    left = iter(reads)
+    with ThreadPoolExecutor(threads, "tpserve-reading") as pool:
+        try:
+            for _ in reads:
+                reading.extend(pool.submit(read) for read in itertools.islice(left, threads - len(reading)))
+                yield reading.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)

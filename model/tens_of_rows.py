@@ -10,7 +10,6 @@ key/value heads of this rank, E head width, D residual width, F feed-forward wid
 from __future__ import annotations
 
 from types import ModuleType
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,10 +17,8 @@ from tpserve.model.kernels import has_gluon, is_hopper, pointwise
 from tpserve.model.kernels.mixed import matmul
 from tpserve.model.kernels.norm import Normed
 from tpserve.model.kernels.rope import rope_and_write
-from tpserve.model.matrix import Matrix
-
-if TYPE_CHECKING:
-    from tpserve.model.kernels.rows_product import RowsTile
+from tpserve.model.kernels.rows_tile import INT4_GROUP, RowsTile, choose_rows_tile
+from tpserve.model.matrix import ROW_SCALES, Matrix
 
 
 class TensOfRows:
@@ -46,12 +43,10 @@ class TensOfRows:
 
     def _tile(self, s: int, w: Matrix, **how: bool) -> RowsTile | None:
         """None: cuBLAS."""
-        if self._product is None or w.group > 0:
+        if self._product is None or w.group not in (0, ROW_SCALES, INT4_GROUP):
             return None
-        tile: RowsTile | None = self._product.choose_rows_tile(
-            s, *w.shape, self._processors, itemsize=w.q.element_size(), **how
-        )
-        return tile
+        bits = 4 if w.group > 0 else 8 * w.q.element_size()
+        return choose_rows_tile(s, *w.shape, self._processors, bits=bits, **how)
 
     def product(
         self, x_SK: torch.Tensor, w: Matrix, out_SN: torch.Tensor | None = None, *, in_parts: bool = False

@@ -19,15 +19,15 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tpserve.model.kernels.norm import Normed
 from tpserve.model.kernels.rows_product import (
-    RowsTile,
     ask_for_rows,
     ask_for_weights,
-    descriptor,
-    padded,
-    scaled,
+    rows_descriptor,
+    steps_of,
     sum_up,
-    warps,
+    weight_descriptor,
 )
+from tpserve.model.kernels.rows_tile import RowsTile, padded, warps
+from tpserve.model.kernels.rows_widened import group_scales, scaled
 from tpserve.model.matrix import Matrix
 
 
@@ -65,13 +65,6 @@ def _halves(acc, squares, D: gl.constexpr, P: gl.constexpr, EPS: gl.constexpr, B
     return a, b
 
 
-@gluon.jit
-def _scaled_pairs(acc, scale_ptr, first, BN: gl.constexpr):
-    """Sums of even rows above those of odd ones times their scales; pairs are counted from `first` on."""
-    n = gl.arange(0, BN, gl.SliceLayout(1, acc.type.layout))
-    return acc * gl.load(scale_ptr + 2 * (first + n % (BN // 2)) + n // (BN // 2))[:, None]
-
-
 @gluon.jit(do_not_specialize=["num_rows"])
 def _gate_up_kernel(
     gate_desc, up_desc, scale_ptr, x_desc, sums_ptr, out_ptr, num_rows,
@@ -79,17 +72,21 @@ def _gate_up_kernel(
     ENTRIES: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     ENDS: gl.constexpr = gl.SliceLayout(2, _ends_layout(gl.num_warps()))
-    STEPS: gl.constexpr = (K + x_desc.block_shape[1] - 1) // x_desc.block_shape[1]
+    STEPS: gl.constexpr = steps_of(gate_desc, K)
     row = gl.program_id(0) * (BN // 2)
     ws, xs, full = ask_for_weights(gate_desc, up_desc, x_desc, row, 0, M, BN, ENTRIES, 2)
     if PDL:
         gdc_launch_dependents()
+    scales = full
+    if gate_desc.dtype == gl.uint8:
+        scales = group_scales(scale_ptr, row, F + row, 0, K, 2 * F, 1, BN, STEPS)
+    if PDL:
         gdc_wait()
     ask_for_rows(x_desc, xs, full, 0, ENTRIES)
     squares = _load_squares(sums_ptr, P, M)
-    acc = sum_up(gate_desc, up_desc, x_desc, ws, xs, full, row, 0, STEPS, M, BN, ENTRIES, 2)
-    if gate_desc.dtype != x_desc.dtype:
-        acc = scaled(acc, scale_ptr, row, F + row, 2 * F, BN)
+    acc = sum_up(gate_desc, up_desc, x_desc, ws, xs, full, scales, row, 0, STEPS, M, BN, ENTRIES, 2)
+    if gate_desc.dtype != x_desc.dtype and gate_desc.dtype != gl.uint8:
+        acc = scaled(acc, scale_ptr, row, F + row, 2 * F, 1, BN)
     gate, up = _halves(acc, squares, K, P, EPS, BN, M)
     act = gate / (1.0 + gl.exp(-gate)) * up
     n, m = gl.arange(0, BN // 2, gl.SliceLayout(1, ENDS)) + row, gl.arange(0, M, gl.SliceLayout(0, ENDS))
@@ -131,20 +128,25 @@ def _qkv_kernel(
     row = gl.program_id(0) * (BN // 2)  # of pairs of features, of which a head has E / 2
     QUERIES: gl.constexpr = H * E // 2
     KEYS: gl.constexpr = KV * E // 2
-    STEPS: gl.constexpr = (D + x_desc.block_shape[1] - 1) // x_desc.block_shape[1]
+    STEPS: gl.constexpr = steps_of(even_desc, D)
+    N: gl.constexpr = (H + 2 * KV) * E
     ws, xs, full = ask_for_weights(even_desc, odd_desc, x_desc, row, 0, M, BN, ENTRIES, 2)
     m = gl.arange(0, M, gl.SliceLayout(0, ENDS))
     there = m < num_rows
     cos, sin = _angles(rope_ptr, positions_ptr, row, there, row < QUERIES + KEYS, E, BN, M)
     if PDL:
         gdc_launch_dependents()
+    scales = full
+    if even_desc.dtype == gl.uint8:
+        scales = group_scales(scale_ptr, 2 * row, 2 * row + 1, 0, D, N, 2, BN, STEPS)
+    if PDL:
         gdc_wait()
     ask_for_rows(x_desc, xs, full, 0, ENTRIES)
     squares = _load_squares(sums_ptr, P, M)
     slot = gl.load(slots_ptr + m, mask=there, other=-1)
-    acc = sum_up(even_desc, odd_desc, x_desc, ws, xs, full, row, 0, STEPS, M, BN, ENTRIES, 2)
-    if even_desc.dtype != x_desc.dtype:
-        acc = _scaled_pairs(acc, scale_ptr, row, BN)
+    acc = sum_up(even_desc, odd_desc, x_desc, ws, xs, full, scales, row, 0, STEPS, M, BN, ENTRIES, 2)
+    if even_desc.dtype != x_desc.dtype and even_desc.dtype != gl.uint8:
+        acc = scaled(acc, scale_ptr, 2 * row, 2 * row + 1, N, 2, BN)
     even, odd = _halves(acc, squares, D, P, EPS, BN, M)
     n = gl.arange(0, BN // 2, gl.SliceLayout(1, ENDS)) + row
     even, odd = even * cos - odd * sin, even * sin + odd * cos
@@ -187,8 +189,8 @@ def qkv(
     """
     (n, d), (s, h, e), M, half = w_ND.shape, q_SHE.shape, padded(len(x_SD)), tile.rows // 2
     _qkv_kernel[(n // tile.rows,)](
-        descriptor(w_ND.q[::2], half), descriptor(w_ND.q[1::2], half), w_ND.q if w_ND.scale is None else w_ND.scale,
-        descriptor(x_SD, M, w_ND.q),
+        weight_descriptor(w_ND.q[::2], half), weight_descriptor(w_ND.q[1::2], half),
+        w_ND.q if w_ND.scale is None else w_ND.scale, rows_descriptor(x_SD, M, w_ND.q),
         x_SD if normed is None else normed.sums, q_SHE, k_cache, v_cache, rope_PC2, positions_S, slots_S, s,
         D=d, H=h, KV=k_cache.shape[1], E=e, P=parts, EPS=0.0 if normed is None else normed.eps, M=M, BN=tile.rows,
         ENTRIES=tile.entries, PDL=pdl, num_warps=warps(tile), launch_pdl=pdl,
@@ -223,8 +225,8 @@ def gate_up(
     """
     d, (s, f), M, half = w_ND.shape[1], out_SF.shape, padded(len(x_SD)), tile.rows // 2
     _gate_up_kernel[(triton.cdiv(f, half),)](
-        descriptor(w_ND.q[:f], half), descriptor(w_ND.q[f:], half), w_ND.q if w_ND.scale is None else w_ND.scale,
-        descriptor(x_SD, M, w_ND.q),
+        weight_descriptor(w_ND.q[:f], half), weight_descriptor(w_ND.q[f:], half),
+        w_ND.q if w_ND.scale is None else w_ND.scale, rows_descriptor(x_SD, M, w_ND.q),
         x_SD if normed is None else normed.sums, out_SF, s, K=d, F=f, P=parts,
         EPS=0.0 if normed is None else normed.eps, M=M, BN=tile.rows, ENTRIES=tile.entries, PDL=pdl,
         num_warps=warps(tile), launch_pdl=pdl,

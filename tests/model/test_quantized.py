@@ -65,6 +65,22 @@ def test_how_far_the_numbers_are_from_the_weight() -> None:
     assert (error <= weight.abs() / 15 + weight.abs().amax(1, keepdim=True) / 448 * 2**-9).all()
 
 
+def test_int4s_numbers_are_bfloat16s() -> None:
+    """Its step, and what 8 stands for: a product in bfloat16 has the weights that one in float32 has, rounded once."""
+    torch.manual_seed(2)
+    weight = torch.randn(40, 256) * torch.rand(40, 1) + torch.randn(40, 1)
+    weight[3], weight[4], weight[5, :128] = 0.0, -0.0123, 77.7
+    weight[3:6] = weight[3:6].bfloat16().float()
+    layer = Int4Linear(weight, 128)
+    step_GN, zero_GN = layer.scale_GN2.unbind(-1)
+    eight_GN = zero_GN + 8 * step_GN
+    assert torch.equal(step_GN.bfloat16().float(), step_GN)
+    torch.testing.assert_close(eight_GN.bfloat16().float(), eight_GN, rtol=1e-6, atol=1e-6)
+    kept = layer.dequantized()
+    for equal in ((3, slice(None)), (4, slice(None)), (5, slice(128))):
+        assert torch.equal(kept[equal], weight[equal])
+
+
 def test_every_number_of_float8_is_widened_exactly() -> None:
     every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
     numbers = every[every.float().isfinite()].view(2, 127)
