@@ -13,8 +13,9 @@ from tpserve.convert.errors import ConvertError
 from tpserve.convert.layout import format_shape, global_shape, parameter_names
 from tpserve.model.args import ModelArgs
 from tpserve.model.checkpoint import MODEL_FILE, CheckpointError, CheckpointInfo
-from tpserve.model.dcp_reader import MmapReader, map_file
+from tpserve.model.dcp_reader import MmapReader
 from tpserve.model.manifest import StoredManifest
+from tpserve.model.mapped import map_file
 from tpserve.model.quantized_format import Format, format_of
 from tpserve.model.safetensors_reader import open_reader
 

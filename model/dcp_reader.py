@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
-import io
 import mmap
 import pickle
 import struct
@@ -31,6 +30,8 @@ from torch.futures import Future
 
 from tpserve.model.checkpoint import CheckpointError
 from tpserve.model.manifest import StoredManifest
+from tpserve.model.mapped import Window, map_file, pieces
+from tpserve.model.staged_copy import lone_threads
 
 # Each by its name: a module has everything that it imports, and a pickle may ask for a dotted name in it (`os.system`).
 _ALLOWED_NAMES = {
@@ -61,9 +62,6 @@ _ALLOWED_NAMES = {
     ("pathlib._local", "PosixPath"),
 }
 _LOCAL_FILE_HEADER_BYTES = 30  # of the zip format, before file name and extra field
-_PREFETCH_BYTES = 128 << 10  # the kernel cuts a longer wish to its read-ahead window
-_PIECE_BYTES = 16 << 20  # asked for, then read
-_CHECK_THREADS = 8
 _FILES_AHEAD = 2  # whose chunks are checked while another's are copied
 
 
@@ -86,12 +84,11 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 @dataclasses.dataclass(frozen=True)
 class _Begun:
-    """A file whose chunks are being checked: what is wanted of it, and the checks."""
+    """A mapped file, and what is being done with what is wanted of it."""
 
     path: Path
-    items: list[ReadItem]
     data: mmap.mmap
-    checked: dict[MetadataIndex, futures.Future[None]]
+    items: list[tuple[ReadItem, futures.Future[None]]]
 
 
 @contextlib.contextmanager
@@ -117,6 +114,7 @@ class MmapReader(FileSystemReader):
         manifest: see above.
         bytes_copied: of tensor data so far, in the stored dtype.
         copy: copies the second tensor, over mapped bytes, into the first.
+        copies_by_threads: whether several threads had better call it.
     """
 
     def __init__(self, folder: Path, manifest: StoredManifest | None = None) -> None:
@@ -126,13 +124,16 @@ class MmapReader(FileSystemReader):
         self._metadata: Metadata | None = None
         self.bytes_copied = 0
         self.copy: Callable[[torch.Tensor, torch.Tensor], object] = torch.Tensor.copy_
+        self.copies_by_threads = False
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Parses `.metadata` with only its own classes allowed.
+        """Parses `.metadata`, once, with only its own classes allowed.
 
         Raises:
             CheckpointError: the file is missing, damaged, or holds anything else.
         """
+        if self._metadata is not None:
+            return self._metadata
         path = self._folder / ".metadata"
         try:
             with path.open("rb") as f:
@@ -159,39 +160,50 @@ class MmapReader(FileSystemReader):
                 raise CheckpointError(f"{self._folder / '.metadata'} does not say where {item.storage_index.fqn} is")
             by_file[where.relative_path].append(item)
         begun: deque[_Begun] = deque()
-        with futures.ThreadPoolExecutor(_CHECK_THREADS, "tpserve-crc32") as pool:
-            try:
-                for name, items in by_file.items():
-                    path = self._folder / name
-                    with _explained(path):
-                        begun.append(self._begin(path, items, pool))
-                    if len(begun) > _FILES_AHEAD:
-                        self._end(begun.popleft(), planner)
-                while begun:
+        with lone_threads() as pool:
+            for name, items in by_file.items():
+                path = self._folder / name
+                with _explained(path):
+                    begun.append(self._begin(path, items, planner, pool))
+                if len(begun) > _FILES_AHEAD:
                     self._end(begun.popleft(), planner)
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+            while begun:
+                self._end(begun.popleft(), planner)
         done: Future[None] = Future()
         done.set_result(None)
         return done
 
-    def _begin(self, path: Path, items: list[ReadItem], pool: futures.ThreadPoolExecutor) -> _Begun:
-        """Maps a file and has its chunks checked."""
+    def _begin(
+        self, path: Path, items: list[ReadItem], planner: LoadPlanner, pool: futures.ThreadPoolExecutor
+    ) -> _Begun:  # fmt: skip
+        """Maps a file and has its chunks checked, and copied if threads do."""
         if path.parent != self._folder or not path.is_file():  # nor a pipe that would be waited for
             raise CheckpointError(f"{path} is no file of this checkpoint; convert the checkpoint again")
         if self.manifest is not None and path.name not in self.manifest.crc32:
             self.manifest.check_whole(path.name)
         data = map_file(path)
-        indices = dict.fromkeys(item.storage_index for item in items)
-        return _Begun(path, items, data, {index: pool.submit(self.check, data, path, index) for index in indices})
+
+        def work(item: ReadItem) -> None:
+            self.check(data, path, item.storage_index)
+            if self.copies_by_threads:
+                self._copy(data, path, item, planner)
+
+        return _Begun(path, data, [(item, pool.submit(work, item)) for item in items])
 
     def _end(self, begun: _Begun, planner: LoadPlanner) -> None:
-        """Copies what has been checked."""
+        """Waits for what has been begun; copies it, if threads do not."""
         with _explained(begun.path):
-            for item in begun.items:
-                begun.checked[item.storage_index].result()
-                self._copy(begun.data, begun.path, item, planner)
+            for item, worked in begun.items:
+                worked.result()
+                if not self.copies_by_threads:
+                    self._copy(begun.data, begun.path, item, planner)
+                self.bytes_copied += item.lengths.numel() * self._stored_dtype(item).itemsize
+
+    def _stored_dtype(self, item: ReadItem) -> torch.dtype:
+        assert self._metadata is not None, "DCP reads the metadata first"
+        tensor = self._metadata.state_dict_metadata[item.storage_index.fqn]
+        assert isinstance(tensor, TensorStorageMetadata)
+        return tensor.properties.dtype
 
     def check(self, data: mmap.mmap, path: Path, index: MetadataIndex) -> None:
         """Reads a stored chunk and holds it against the manifest; zlib lets other threads run meanwhile.
@@ -231,7 +243,6 @@ class MmapReader(FileSystemReader):
             )
         self.copy(target, stored)
         planner.commit_tensor(item, target)
-        self.bytes_copied += stored.nbytes
 
     def view(self, data: mmap.mmap, index: MetadataIndex) -> torch.Tensor:
         """The stored chunk as a tensor over the mapped bytes."""
@@ -240,7 +251,7 @@ class MmapReader(FileSystemReader):
         if not isinstance(tensor_metadata, TensorStorageMetadata):
             raise ValueError(f"{index.fqn} is not a tensor")
         where = self.storage_data[index]
-        with zipfile.ZipFile(_Window(data, where.offset, where.length)) as archive:
+        with zipfile.ZipFile(Window(data, where.offset, where.length)) as archive:
             record = next(i for i in archive.infolist() if i.filename.endswith("/data/0"))
         if record.compress_type != zipfile.ZIP_STORED:
             raise ValueError("compressed tensor data")
@@ -254,53 +265,3 @@ class MmapReader(FileSystemReader):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
             return torch.frombuffer(data, dtype=dtype, count=count, offset=start).view(chunk.sizes)
-
-
-def map_file(path: Path) -> mmap.mmap:
-    """A file's bytes, unmapped with their last view; of the disk only what is asked for is read (see `pieces`).
-
-    Raises:
-        OSError, ValueError: of the disk; the file is empty.
-    """
-    with path.open("rb") as f:
-        data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-    data.madvise(mmap.MADV_RANDOM)  # the kernel's read-ahead would fetch neighbouring chunks, which are other ranks'
-    return data
-
-
-def pieces(data: mmap.mmap, begin: int, end: int) -> Iterator[tuple[int, int]]:
-    """The bytes [begin, end) of a map in pieces, each of which the kernel is asked for before it is yielded."""
-    for piece in range(begin, end, _PIECE_BYTES):
-        stop = min(piece + _PIECE_BYTES, end)
-        for wish in range(piece // mmap.PAGESIZE * mmap.PAGESIZE, stop, _PREFETCH_BYTES):
-            data.madvise(mmap.MADV_WILLNEED, wish, min(_PREFETCH_BYTES, stop - wish))
-        yield piece, stop
-
-
-class _Window(io.RawIOBase):
-    """Bytes [offset, offset + length) of a map as a file, without copying them."""
-
-    def __init__(self, data: mmap.mmap, offset: int, length: int) -> None:
-        super().__init__()
-        self._data, self._offset, self._length, self._position = data, offset, length, 0
-
-    def seekable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
-        self._position = base + offset
-        return self._position
-
-    def read(self, size: int = -1) -> bytes:
-        left = max(0, self._length - self._position)
-        size = left if size is None or size < 0 else min(size, left)
-        start = self._offset + self._position
-        self._position += size
-        return self._data[start : start + size]

@@ -27,8 +27,9 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from tpserve.model.checkpoint import CheckpointError
-from tpserve.model.dcp_reader import MmapReader, pieces
+from tpserve.model.dcp_reader import MmapReader
 from tpserve.model.manifest import StoredManifest
+from tpserve.model.mapped import pieces
 from tpserve.model.plan import chunk_bounds, tp_dim
 
 N_CHUNKS = 8
@@ -76,6 +77,8 @@ class SafetensorsReader(MmapReader):
         Raises:
             CheckpointError: one is damaged, or holds something else than the weights of a Llama.
         """
+        if self._metadata is not None:
+            return self._metadata
         self._starts: dict[str, int] = {}  # of each tensor in its file, in bytes
         tensors: dict[str, Any] = {}
         storage: dict[MetadataIndex, _StorageInfo] = {}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import threading
-import time
+from functools import partial
 
 import pytest
 import torch
 
-from tpserve.model.staged_copy import StagedCopies, read_ahead
+from tpserve.model.staged_copy import THREADS, StagedCopies, in_threads
 
 
 @pytest.mark.parametrize("rows", [1, 3, 40, 100])
@@ -32,48 +32,50 @@ def test_on_a_cpu_nothing_is_staged() -> None:
     assert target.tolist() == [0, 1, 2]
 
 
-def test_reading_ahead_keeps_the_order_and_its_bound() -> None:
+def test_jobs_are_all_done_by_several_threads_that_torch_leaves_alone() -> None:
+    done: list[int] = []
+    threads: set[str] = set()
+    both = threading.Barrier(2)
+
+    def job(i: int) -> None:
+        if i < 2:
+            both.wait(20)  # the second one begins while the first one runs
+        done.append(i)
+        threads.add(threading.current_thread().name)
+        assert torch.get_num_threads() == 1
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        in_threads(partial(job, i) for i in range(100))
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert sorted(done) == list(range(100))
+    assert 1 < len(threads) <= THREADS
+
+
+def test_the_first_error_ends_it() -> None:
     begun: list[int] = []
-    busy, most = 0, 0
-    lock = threading.Lock()
 
-    def read(i: int) -> torch.Tensor:
-        nonlocal busy, most
-        with lock:
-            begun.append(i)
-            busy += 1
-            most = max(most, busy)
-        time.sleep(0.02 if i % 4 == 0 else 0.001)  # later ones are done first
-        with lock:
-            busy -= 1
-        return torch.tensor(i)
-
-    for i, result in enumerate(read_ahead([lambda i=i: read(i) for i in range(24)], 4)):  # type: ignore[misc]
-        assert result.item() == i
-        with lock:
-            assert len(begun) <= i + 4
-    assert i == 23
-    assert 1 < most <= 4
-
-
-def test_reading_ahead_ends_with_an_error_in_its_turn() -> None:
-    begun: list[int] = []
-
-    def read(i: int) -> torch.Tensor:
+    def job(i: int) -> None:
         begun.append(i)
-        if i == 3:
-            raise OSError("no such page")
-        return torch.tensor(i)
+        if i in (3, 4):
+            raise OSError(f"no page {i}")
 
-    results = read_ahead([lambda i=i: read(i) for i in range(100)], 2)  # type: ignore[misc]
-    assert [next(results).item() for _ in range(3)] == [0, 1, 2]
-    with pytest.raises(OSError, match="no such page"):
-        next(results)
-    assert len(begun) <= 5
+    with pytest.raises(OSError, match="no page 3"):
+        in_threads(partial(job, i) for i in range(1000))
+    assert len(begun) <= 3 + 2 * THREADS + 1
 
 
-def test_slabs_are_read_and_copied_in_their_places() -> None:
-    target = torch.zeros(10, 3)
-    with StagedCopies(torch.device("cpu")) as copies:
-        copies.read_and_copy([(target[i : i + 2], lambda i=i: torch.full((2, 3), float(i))) for i in range(0, 10, 2)])  # type: ignore[misc]
-    assert target[:, 1].tolist() == [0, 0, 2, 2, 4, 4, 6, 6, 8, 8]
+def test_every_thread_has_buffers_of_its_own() -> None:
+    """Two copies at a time: neither sees the other's numbers."""
+    copies = StagedCopies(torch.device("cpu"), buffer_bytes=4096)
+    targets = torch.zeros(40, 64, 32)
+
+    def job(i: int) -> None:
+        for _ in range(20):
+            copies.stage(targets[i], torch.full((64, 32), float(i)), 4)
+
+    in_threads(partial(job, i) for i in range(40))
+    assert (targets == torch.arange(40.0)[:, None, None]).all()
