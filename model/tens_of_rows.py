@@ -46,7 +46,8 @@ class TensOfRows:
         if self._product is None or w.group not in (0, ROW_SCALES, INT4_GROUP):
             return None
         bits = 4 if w.group > 0 else 8 * w.q.element_size()
-        return choose_rows_tile(s, *w.shape, self._processors, bits=bits, **how)
+        torchs = w.scheme == "fp8"
+        return choose_rows_tile(s, *w.shape, self._processors, bits=bits, torchs=torchs, **how)
 
     def product(
         self, x_SK: torch.Tensor, w: Matrix, out_SN: torch.Tensor | None = None, *, in_parts: bool = False

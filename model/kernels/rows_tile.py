@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 
-MAX_ROWS = 64  # with more, cuBLAS is faster, but for
+MAX_ROWS = 64  # with more, products of 16 bits are cuBLAS's, but for
 _FEWEST_OF_MANY, MOST_ROWS = 112, 128
 INT4_GROUP = 128  # inputs that share a scale and a zero; others have no kernel here
 SPAN_BYTES = 128  # of a weight's row in a tile: as far as the copy engine swaps banks
@@ -33,9 +33,17 @@ class RowsTile:
 
 
 def choose_rows_tile(
-    S: int, N: int, K: int, processors: int, *, bits: int = 16, in_parts: bool = False, with_end: bool = False
+    S: int,
+    N: int,
+    K: int,
+    processors: int,
+    *,
+    bits: int = 16,
+    in_parts: bool = False,
+    with_end: bool = False,
+    torchs: bool = False,
 ) -> RowsTile | None:
-    """As measured on an H200, with 7B's shapes; None: cuBLAS is the way.
+    """As measured on an H200, with 7B's shapes; None: another kernel is the way.
 
     Args:
         S: of the step.
@@ -44,42 +52,42 @@ def choose_rows_tile(
         bits: of the weight's numbers.
         in_parts: whether the sums may be left in parts.
         with_end: whether the product saves SiLU's pass over twice its outputs.
+        torchs: whether torch multiplies weights of 8 bits as they are.
     """
-    # With many rows, large tiles, which read them less often, if all run at a time with a processor each.
-    large = (_MOST if bits > 8 else _MOST_OF_BYTES) * processors < N // 64 or (
-        bits > 8 and S > 32 and not in_parts and _FEWEST * processors <= N // 128 <= processors
-    )  # fmt: skip
-    if not _suits(S, bits > 8 and (in_parts or with_end)) or K * bits % 128:
+    if not 0 < S <= MOST_ROWS or K * bits % 128:
         return None
-    if bits > 4:
-        return _cut(S, N, K, processors, 128 if large else 64, bits, in_parts)
-    # A row of x is four times a row's tile: it is the ring's larger part, and small tiles may not leave it the room.
-    return _cut(S, N, K, processors, 64, bits, in_parts) or _cut(S, N, K, processors, 128, bits, in_parts)
+    # Above 64, 128 rows are computed of any number: that pays where it is not many more, or the others are slow.
+    saves = in_parts or (with_end and bits > 8)
+    if S > MAX_ROWS and ((bits > 8 and S < _FEWEST_OF_MANY) or ((bits > 8 or torchs) and not saves)):
+        return None
+    # With many rows, large tiles, which read them less often, if all run at a time with a processor each.
+    wide = not in_parts and (32 if bits > 8 else MAX_ROWS) < S and _FEWEST * processors <= N // 128 <= processors
+    if bits > 8:
+        return _cut(S, N, K, processors, 128 if wide or _MOST * processors < N // 64 else 64, bits, in_parts)
+    # The ring of few bits is rows of x for the most part, for which small tiles may not leave it the room.
+    small = None if wide else _cut(S, N, K, processors, 64, bits, in_parts)
+    return small or _cut(S, N, K, processors, 128, bits, in_parts)
 
 
 def _cut(S: int, N: int, K: int, processors: int, rows: int, bits: int, in_parts: bool) -> RowsTile | None:
     """Tiles of so many of the weight's rows; None: they do not divide it, or do not fit."""
-    depth, most = SPAN_BYTES * 8 // bits, _MOST if bits > 8 else _MOST_OF_BYTES
+    depth, most, many = SPAN_BYTES * 8 // bits, _MOST if bits > 8 else _MOST_OF_BYTES, S > MAX_ROWS
     if N % rows:
         return None
     tiles, steps = N // rows, -(-K // depth)  # beyond the end come zeros
-    parts, fewest = 1, 3 if bits > 4 else 2  # entries
-    if in_parts:
-        each = 2 if S <= 32 or bits == 4 or processors // tiles * tiles < _FEWEST * processors else 1
-        each += bits == 8 or (bits == 4 and S <= 16)  # widening waits for tiles, and for it the tensor cores
+    parts, fewest = 1, 3 if bits > 8 or (bits > 4 and not many) else 2  # entries
+    if in_parts:  # for each processor, so many programs; for widening waits for tiles, and for it the tensor cores
+        each = 2 if S <= 32 or processors // tiles * tiles < _FEWEST * processors else 1
+        each = {16: each, 8: 2 if many else each + 1, 4: 3 if S <= 16 else 1 if many else 2}[bits]
         parts = max(1, min(each * processors // tiles, steps // fewest))
     programs = tiles * parts
     entry = rows * SPAN_BYTES + padded(S) * depth * 2
-    room = _ROOM // -(-programs // processors) - (scales_bytes(steps, parts, rows) if bits == 4 else 0)
-    entries = min(_MAX_ENTRIES, room // entry, steps // parts)  # all run at a time
+    at_a_time = 1 if bits == 4 and many else -(-programs // processors)  # all, but where there is no room for them
+    room = _ROOM // at_a_time - (scales_bytes(steps, parts, rows) if bits == 4 else 0)
+    entries = min(_MAX_ENTRIES, room // entry, steps // parts)
     if entries < fewest or not _FEWEST * processors <= programs <= most * processors:
         return None
     return RowsTile(rows, parts, entries)
-
-
-def _suits(S: int, saves: bool) -> bool:
-    """Above 64, 128 rows are computed of any number: that pays where it is not many more, and something is saved."""
-    return 0 < S <= MAX_ROWS or (saves and _FEWEST_OF_MANY <= S <= MOST_ROWS)
 
 
 def padded(S: int) -> int:
