@@ -28,7 +28,7 @@ if __name__ == "__main__":
         arguments = ["--master-addr", "127.0.0.1", "--master-port", str(listen_on_loopback()), *arguments]
     elif where != "elsewhere":
         listen_on(socket.socket(fileno=int(where)))
-    preload_for_ranks()
+    preload_for_ranks(int(arguments[arguments.index("--nproc-per-node") + 1]))
     if may_fork_ranks():
         fork_ranks()
     gc.freeze()

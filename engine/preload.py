@@ -15,21 +15,28 @@ NVIDIA = Path("/dev/nvidiactl")
 _WITH_TRITON = ("chunk_graphs", "decode_step", "fused_forward")
 
 
-def preload_for_ranks() -> None:
-    """Imports what every rank will import. Starts no thread and looks for no device: neither outlives a fork."""
+def preload_for_ranks(num_ranks: int) -> None:
+    """Imports what every one of so many ranks will import. Starts no thread and looks for no device: neither outlives a
+    fork."""
     importlib.import_module("tpserve.engine.group")
-    importlib.import_module("torch._dynamo")  # loading does, and the first collective
+    _preload_compiler(num_ranks)
     _preload_kernels()
 
 
 def preload(config: EngineConfig) -> None:
     """Imports the modules that the engine would import later on. No CUDA context is made: that would take memory."""
-    importlib.import_module("torch._dynamo")  # where ranks are not forks
+    _preload_compiler(config.tensor_parallel_size)  # where ranks are not forks
     if config.device != "cpu" and NVIDIA.exists():
         _preload_kernels()
     elif config.tensor_parallel_size == 1 and config.fused_kernels and config.cuda_graphs:
         with contextlib.suppress(ImportError):  # without a compiler's support nothing is compiled later either
             importlib.import_module("torch._inductor.compile_fx")
+
+
+def _preload_compiler(num_ranks: int) -> None:
+    """A second, for what torch has imported by NCCL's first collective (2.11); nothing else needs it."""
+    if num_ranks > 1 and NVIDIA.exists():
+        importlib.import_module("torch._dynamo")
 
 
 def _preload_kernels() -> None:

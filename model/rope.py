@@ -15,6 +15,8 @@ def rope_table(args: ModelArgs, n_positions: int, device: torch.device | str) ->
     Returns:
         float32 [n_positions, head_dim / 2, 2]; [..., 0] is the cosine and [..., 1] the sine.
     """
+    if torch.device(device).type == "meta":  # for its arithmetic torch would import its compiler
+        return torch.empty(n_positions, args.head_dim // 2, 2, device=device)
     exponents = torch.arange(0, args.head_dim, 2, dtype=torch.float32, device=device) / args.head_dim
     freqs = 1.0 / (args.rope_theta**exponents)
     if args.use_scaled_rope:
