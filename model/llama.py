@@ -101,7 +101,7 @@ class TransformerBlock(nn.Module):
 def _embedding(rows: int, width: int) -> nn.Embedding:
     """As `nn.Embedding`, which for a tensor without memory would import torch's compiler first, in 0.7 s."""
     weight = torch.empty(rows, width)
-    return nn.Embedding.from_pretrained(weight if weight.is_meta else nn.init.normal_(weight), freeze=False)
+    return nn.Embedding(rows, width, _weight=weight if weight.is_meta else nn.init.normal_(weight))
 
 
 class Llama(nn.Module):
