@@ -59,12 +59,17 @@ class Attention(nn.Module):
         self.wo = nn.Linear(args.n_heads * args.head_dim, args.dim, bias=False)
         self.all_reduce: Callable[[torch.Tensor], torch.Tensor] = identity
 
-    def forward(self, x_TD: torch.Tensor, rope_TC2: torch.Tensor, attend: Attend) -> torch.Tensor:
+    def forward(
+        self, x_TD: torch.Tensor, rope_TC2: torch.Tensor, attend: Attend, rows_N: torch.Tensor | None = None
+    ) -> torch.Tensor:  # fmt: skip
         heads = (-1, self.head_dim)
         q_THE = apply_rope(self.wq(x_TD).unflatten(-1, heads), rope_TC2)
         k_TKE = apply_rope(self.wk(x_TD).unflatten(-1, heads), rope_TC2)
         v_TKE = self.wv(x_TD).unflatten(-1, heads)
-        return self.all_reduce(self.wo(attend(self.layer, q_THE, k_TKE, v_TKE).flatten(-2)))
+        out_THE = attend(self.layer, q_THE, k_TKE, v_TKE)
+        if rows_N is not None:
+            out_THE = out_THE[rows_N]
+        return self.all_reduce(self.wo(out_THE.flatten(-2)))
 
 
 class FeedForward(nn.Module):
@@ -92,10 +97,14 @@ class TransformerBlock(nn.Module):
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
-    def forward(self, h_TD: torch.Tensor, rope_TC2: torch.Tensor, attend: Attend) -> torch.Tensor:
-        h_TD = h_TD + self.attention(self.attention_norm(h_TD), rope_TC2, attend)
-        h_TD += self.feed_forward(self.ffn_norm(h_TD))
-        return h_TD
+    def forward(
+        self, h_TD: torch.Tensor, rope_TC2: torch.Tensor, attend: Attend, rows_N: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """[T, D], or [N, D] of the rows that are asked for: of the others, keys and values are stored."""
+        attended_ND = self.attention(self.attention_norm(h_TD), rope_TC2, attend, rows_N)
+        h_ND: torch.Tensor = (h_TD if rows_N is None else h_TD[rows_N]) + attended_ND
+        h_ND += self.feed_forward(self.ffn_norm(h_ND))
+        return h_ND
 
 
 def _embedding(rows: int, width: int) -> nn.Embedding:
@@ -144,10 +153,9 @@ class Llama(nn.Module):
         """
         h_TD = self.tok_embeddings(tokens_T).float()  # rounded after each of its additions, it would lose the last ones
         rope_TC2 = self.rope_PC2[positions_T]
-        for block in self.layers:
+        *first, last = self.layers
+        for block in first:
             h_TD = block(h_TD, rope_TC2, attend)
-        if rows_N is not None:
-            h_TD = h_TD[rows_N]
-        x_TD = self.norm(h_TD)
-        logits_TV = head_product(x_TD, self.output.weight) if x_TD.is_cuda else self.output(x_TD)
-        return self.gather(logits_TV).float()
+        x_ND = self.norm(last(h_TD, rope_TC2, attend, rows_N))
+        logits_NV = head_product(x_ND, self.output.weight) if x_ND.is_cuda else self.output(x_ND)
+        return self.gather(logits_NV).float()
