@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import mmap
+import threading
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ class Files:
         self._folder, self._reader = folder, reader
         self._maps: dict[str, mmap.mmap] = {}
         self._checked: set[MetadataIndex] = set()
+        self._checks: dict[MetadataIndex, threading.Lock] = {}  # several threads may want slabs of a chunk
 
     def copy(self, index: MetadataIndex, dim: int, lo: int, hi: int, out: torch.Tensor) -> None:
         """Copies the slab [lo, hi) along `dim` of a stored chunk into `out`, and gives the file's pages back."""
@@ -35,19 +37,19 @@ class Files:
         try:
             if path.parent != self._folder or not path.is_file():  # nor a pipe that would be waited for
                 raise CheckpointError(f"{path} is no file of this checkpoint")
-            if path.name not in self._maps:
-                self._maps[path.name] = map_file(path)
-            data = self._maps[path.name]
-            if index not in self._checked:
-                self._reader.check(data, path, index)
-                self._checked.add(index)
+            data = self._maps.get(path.name) or self._maps.setdefault(path.name, map_file(path))
+            with self._checks.setdefault(index, threading.Lock()):
+                if index not in self._checked:
+                    self._reader.check(data, path, index)
+                    self._checked.add(index)
             out.copy_(self._reader.view(data, index).narrow(dim, lo, hi - lo))
         except CheckpointError as e:
             raise ConvertError(str(e)) from None
         except Exception as e:  # noqa: BLE001 - a damaged file can make the readers of zip files raise anything
             reason = next(iter(str(e).splitlines()), "") or type(e).__name__
             raise ConvertError(f"{path} is missing or damaged ({reason})") from None
-        data.madvise(mmap.MADV_DONTNEED)
+        begin = where.offset // mmap.PAGESIZE * mmap.PAGESIZE
+        data.madvise(mmap.MADV_DONTNEED, begin, where.offset + where.length - begin)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -114,16 +114,19 @@ def quantised(tensors: Iterable[Weight], scheme: str, dtype: torch.dtype) -> lis
     return written
 
 
-def rounded_like(block_NK: torch.Tensor, name: str, shape: tuple[int, ...], scheme: str | None) -> torch.Tensor:
+def rounded_like(
+    block_NK: torch.Tensor, name: str, shape: tuple[int, ...], scheme: str | None, *, older: bool = False
+) -> torch.Tensor:  # fmt: skip
     """Whole rows of a weight as they come back from a checkpoint that was quantised so; None: as they are.
 
     Args:
         block_NK: the rows.
         name, shape: of the whole parameter.
         scheme: of the checkpoint.
+        older: see `Format.scale_of`.
     """
     form = None if scheme is None else format_of(name, shape, scheme)
     if form is None:
         return block_NK
-    scale = form.scale_of(block_NK)
+    scale = form.scale_of(block_NK, older=older)
     return form.dequantise(form.quantise(block_NK, scale), scale)

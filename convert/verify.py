@@ -146,11 +146,15 @@ def _same_args(a: Source, b: Source) -> tuple[bool, str]:
 def _same_weights(a: Source, b: Source) -> tuple[bool, str]:
     theirs: dict[str, Weight] = {tensor.name: tensor for tensor in b.tensors}
     scheme, differ = a.info.quantization, []
+    copied = scheme is not None and scheme == b.info.quantization  # its numbers, not what would be made of them
     for tensor in a.tensors:
         count, largest, where, row = 0, 0.0, "", 0
         for ours in row_blocks(tensor, a.dtype if scheme is None else torch.float32):
-            other = read_slab(theirs[tensor.name], 0, row, row + ours.shape[0], a.dtype)
-            other = rounded_like(other, tensor.name, tensor.shape, scheme).to(ours.dtype)
+            whole = read_slab(theirs[tensor.name], 0, row, row + ours.shape[0], ours.dtype if copied else a.dtype)
+            other = whole if copied else rounded_like(whole, tensor.name, tensor.shape, scheme).to(ours.dtype)
+            if scheme == "int4" and not copied and not torch.equal(ours, other):
+                older = rounded_like(whole, tensor.name, tensor.shape, scheme, older=True).to(ours.dtype)
+                other = older if torch.equal(ours, older) else other
             if not torch.equal(ours, other):
                 distance = (ours.float() - other.float()).abs().nan_to_num(nan=float("inf"))
                 count += int((distance > 0).sum())

@@ -6,6 +6,7 @@ STORE says where torchrun's store is: "loopback", "elsewhere", or the number of 
 from __future__ import annotations
 
 import gc
+import math
 import os
 import socket
 import sys
@@ -28,7 +29,7 @@ if __name__ == "__main__":
         arguments = ["--master-addr", "127.0.0.1", "--master-port", str(listen_on_loopback()), *arguments]
     elif where != "elsewhere":
         listen_on(socket.socket(fileno=int(where)))
-    preload_for_ranks(int(arguments[arguments.index("--nproc-per-node") + 1]))
+    preload_for_ranks(math.prod(int(arguments[arguments.index(name) + 1]) for name in ("--nnodes", "--nproc-per-node")))
     if may_fork_ranks():
         fork_ranks()
     gc.freeze()

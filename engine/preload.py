@@ -16,8 +16,8 @@ _WITH_TRITON = ("chunk_graphs", "decode_step", "fused_forward")
 
 
 def preload_for_ranks(num_ranks: int) -> None:
-    """Imports what every one of so many ranks will import. Starts no thread and looks for no device: neither outlives a
-    fork."""
+    """Imports what every one of so many ranks, on all machines, will import. Starts no thread and looks for no device:
+    neither outlives a fork."""
     importlib.import_module("tpserve.engine.group")
     _preload_compiler(num_ranks)
     _preload_kernels()

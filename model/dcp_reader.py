@@ -31,7 +31,7 @@ from torch.futures import Future
 from tpserve.model.checkpoint import CheckpointError
 from tpserve.model.manifest import StoredManifest
 from tpserve.model.mapped import Window, map_file, pieces
-from tpserve.model.staged_copy import lone_threads
+from tpserve.model.staged_copy import weight_threads
 
 # Each by its name: a module has everything that it imports, and a pickle may ask for a dotted name in it (`os.system`).
 _ALLOWED_NAMES = {
@@ -160,7 +160,7 @@ class MmapReader(FileSystemReader):
                 raise CheckpointError(f"{self._folder / '.metadata'} does not say where {item.storage_index.fqn} is")
             by_file[where.relative_path].append(item)
         begun: deque[_Begun] = deque()
-        with lone_threads() as pool:
+        with weight_threads(lone=self.copies_by_threads) as pool:
             for name, items in by_file.items():
                 path = self._folder / name
                 with _explained(path):

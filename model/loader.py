@@ -170,7 +170,9 @@ def _read_source(model: Llama, source: WeightSource, share: Share, staged: Stage
     for tensor in source.tensors:
         target = parameters.pop(tensor.name)
         dim, lo, hi = share.of(tensor.name, model.args.head_dim) or (0, 0, tensor.shape[0])
-        # Every slab of columns touches the pages of all rows.
+        if hi - lo == tensor.shape[dim]:
+            dim, lo, hi = 0, 0, tensor.shape[0]
+        # Every slab of columns touches the pages of all rows: fewer, larger ones.
         slab_bytes = _SLAB_BYTES if dim == 0 else 8 * _SLAB_BYTES
         step = max(1, slab_bytes * (hi - lo) // max(1, target.nbytes))
         for begin in range(lo, hi, step):

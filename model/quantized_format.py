@@ -60,8 +60,8 @@ class Format:
         unit = 1 if dim == 0 or not self.group else 2 if part == "q_NK" else self.group
         return own, lo // unit, -(-hi // unit)
 
-    def scale_of(self, weight_NK: torch.Tensor) -> torch.Tensor:
-        """The scales of whole rows and groups."""
+    def scale_of(self, weight_NK: torch.Tensor, *, older: bool = False) -> torch.Tensor:
+        """The scales of whole rows and groups; older: as int4's were before they were bfloat16's numbers."""
         rows, columns = weight_NK.shape
         scale = torch.empty(self.parts((rows, columns))[self.scale_name][0], device=weight_NK.device)
         for lo, hi in _row_blocks(weight_NK):
@@ -69,10 +69,17 @@ class Format:
             if self.group:
                 low_NG, high_NG = block.view(hi - lo, -1, self.group).aminmax(dim=-1)
                 step_NG = (high_NG - low_NG) / 15
-                eight_NG = (low_NG + 8 * step_NG).bfloat16().float()
-                # Equal inputs become eights: their zero is exact, whatever the step.
-                step_NG = _positive(torch.where(step_NG > 0, step_NG.bfloat16().float(), eight_NG.abs()))
-                scale[:, lo:hi] = torch.stack([step_NG, eight_NG - 8 * step_NG], -1).transpose(0, 1)
+                eight_NG = low_NG + 8 * step_NG
+                if not older:
+                    eight_NG = eight_NG.bfloat16().float()
+                    # All numbers are within half a step of one of the sixteen, though the eight has moved.
+                    above_NG, below_NG = (high_NG - eight_NG) / 7.5, (eight_NG - low_NG) / 8.5
+                    step_NG = torch.maximum(step_NG, torch.maximum(above_NG, below_NG)).bfloat16().float()
+                    # Equal inputs become eights: their zero is exact, whatever the step.
+                    step_NG = torch.where(step_NG > 0, step_NG, eight_NG.abs())
+                step_NG = _positive(step_NG)
+                zero_NG = low_NG if older else eight_NG - 8 * step_NG
+                scale[:, lo:hi] = torch.stack([step_NG, zero_NG], -1).transpose(0, 1)
             else:
                 scale[lo:hi] = _positive(block.abs().amax(1) / (127 if self.scheme == "int8" else FP8_MAX))
         return scale

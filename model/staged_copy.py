@@ -43,7 +43,10 @@ class StagedCopies:
     """
 
     def __init__(self, device: torch.device, buffer_bytes: int = 8 << 20) -> None:
-        self._device, self.by_threads = device, device.type == "cuda"
+        self.by_threads = device.type == "cuda"
+        if device == torch.device("cuda"):  # the current one is each thread's own
+            device = torch.device("cuda", torch.cuda.current_device())
+        self._device = device
         self._own, self._size = _Buffers(), buffer_bytes
 
     def __enter__(self) -> Self:
@@ -104,29 +107,35 @@ class StagedCopies:
 
 
 @contextlib.contextmanager
-def lone_threads() -> Iterator[ThreadPoolExecutor]:
-    """`THREADS` threads that read, check and copy weights. Each works alone: of torch's own, each would call for all.
-    What has not begun when an error comes is not begun."""
+def weight_threads(lone: bool = True) -> Iterator[ThreadPoolExecutor]:
+    """`THREADS` threads that read, check and copy weights. What has not begun when an error comes is not begun.
+
+    Args:
+        lone: each works alone: of torch's own threads, each would call for all. Another thread of the process that uses
+            torch for the first time meanwhile stays alone, too.
+    """
     before = torch.get_num_threads()
+    begins = (torch.set_num_threads, (1,)) if lone else (None, ())
     try:
-        with ThreadPoolExecutor(THREADS, "tpserve-weights", torch.set_num_threads, (1,)) as pool:
+        with ThreadPoolExecutor(THREADS, "tpserve-weights", *begins) as pool:
             try:
                 yield pool
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
     finally:
-        torch.set_num_threads(before)
+        if lone:
+            torch.set_num_threads(before)
 
 
 def in_threads(jobs: Iterable[Callable[[], object]]) -> None:
-    """Does the jobs by `lone_threads`; up to twice as many are begun as there are threads.
+    """Does the jobs by `weight_threads`; up to twice as many are begun as there are threads.
 
     Raises:
         Exception: what a job raised; the first one's, if several did.
     """
     left, running = iter(jobs), deque[Future[object]]()
-    with lone_threads() as pool:
+    with weight_threads() as pool:
         while True:
             running.extend(pool.submit(job) for job in itertools.islice(left, 2 * THREADS - len(running)))
             if not running:

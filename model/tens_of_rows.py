@@ -1,7 +1,8 @@
 """Products of steps of more rows than `kernels/linear.py` takes, and what follows them: each by what is fastest.
 
 Up to some tens of rows on Hopper GPUs: kernels that read the weights as fast as memory gives them, and end with
-what follows (`rows_product.py`, `rows_pairs.py`). Otherwise cuBLAS, and a kernel of its own for that.
+what follows (`rows_product.py`, `rows_pairs.py`). Otherwise cuBLAS, or of fewer bits `mixed.py`'s, and a kernel of its
+own for that.
 
 Shape suffixes: S rows of the step, K and N as in y[S, N] = x[S, K] @ w[N, K]ᵀ, P parts of a sum, H query and K
 key/value heads of this rank, E head width, D residual width, F feed-forward width of this rank.
@@ -42,7 +43,7 @@ class TensOfRows:
             self._processors = torch.cuda.get_device_properties(device).multi_processor_count
 
     def _tile(self, s: int, w: Matrix, **how: bool) -> RowsTile | None:
-        """None: cuBLAS."""
+        """None: another kernel (`mixed.matmul`)."""
         if self._product is None or w.group not in (0, ROW_SCALES, INT4_GROUP):
             return None
         bits = 4 if w.group > 0 else 8 * w.q.element_size()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from tpserve.convert.convert import convert
 from tpserve.convert.errors import ConvertError
 from tpserve.convert.probe import PROBE_TOKENS, probe_tokens
 from tpserve.convert.verify import verify
+from tpserve.model.quantized_format import Format
 
 
 def said(checkpoint: Path, against: Path | None = None, tp: int = 1) -> tuple[bool, list[str], list[str]]:
@@ -52,6 +54,26 @@ def test_every_form_against_its_source(source: Path, tmp_path: Path, format: str
     assert ok, bad
     assert [line.partition(":")[0] for line in good] == ["sums", "shapes", "weights", "numbers", "weights", "logits"]
     assert good[4] == "weights: the source's, bit for bit"
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_int4_against_its_source_and_against_its_copy(
+    source: Path, tmp_path: Path, older: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Quantising what came out of int4 once more would give other numbers; older folders were scaled otherwise."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Format, "scale_of", partialmethod(Format.scale_of, older=older))
+        made = convert(source, tmp_path / "int4", quantize="int4", dtype="bfloat16", progress=False)
+    copy = convert(made, tmp_path / "copy", format="safetensors", progress=False)
+    for folder, against in ((made, source), (copy, made), (copy, source)):
+        ok, _, bad = said(folder, against)
+        assert ok, bad
+    other = change(source, "layers.1.feed_forward.w2.weight", 3.0)
+    changed = convert(other, tmp_path / "changed", quantize="int4", dtype="bfloat16", progress=False)
+    for against in (other,) if older else (other, changed):  # the other way, all numbers differ
+        ok, _, bad = said(made, against)
+        assert not ok
+        assert "layers.1.feed_forward.w2.weight differs" in bad[0]
 
 
 def test_rounded_weights_are_compared_rounded(source: Path, tmp_path: Path) -> None:

@@ -81,6 +81,19 @@ def test_int4s_numbers_are_bfloat16s() -> None:
         assert torch.equal(kept[equal], weight[equal])
 
 
+def test_int4_keeps_numbers_that_are_far_from_zero_but_near_each_other() -> None:
+    """bfloat16 has no number between two neighbours: the step is as large as the eight's rounding needs."""
+    two = torch.where(torch.rand(8, 64) < 0.5, 1.0, 1.0078125)
+    near = 1 + 0.003 * torch.randn(8, 64)
+    for weight in (two, near):
+        layer = Int4Linear(weight, 32)
+        step_GN, zero_GN = layer.scale_GN2.unbind(-1)
+        assert torch.equal((zero_GN + 8 * step_GN).bfloat16().float(), zero_GN + 8 * step_GN)
+        error = (layer.dequantized() - weight).abs().view(8, 2, 32)
+        # Half a step; and that of bfloat16's eight bits, the nearest may be 2^-9 less, for 8.5 of them.
+        assert (error <= 0.52 * step_GN.T[:, :, None]).all()
+
+
 def test_every_number_of_float8_is_widened_exactly() -> None:
     every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
     numbers = every[every.float().isfinite()].view(2, 127)
