@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
-import socket
 import subprocess
 import tempfile
 import time
@@ -15,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tpserve.engine.errors import ConfigError
+from tpserve.engine.ports import hold_port
 from tpserve.engine.process import descendants, is_running, kill_all
 
 _STOP_S = 30.0
@@ -52,11 +52,9 @@ def running(command: str, api_key: str = "", ready_s: float = 600.0) -> Iterator
         return
     if "{port}" not in command:
         raise ConfigError(f"{command!r} must say where to listen: --port {{port}}")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    variables, words = split_command(command.replace("{port}", str(port)))
-    with tempfile.TemporaryDirectory(prefix="tpserve-bench-") as folder:
+    with hold_port() as holding, tempfile.TemporaryDirectory(prefix="tpserve-bench-") as folder:
+        port = holding.getsockname()[1]
+        variables, words = split_command(command.replace("{port}", str(port)))
         log = Path(folder) / "log"
         with log.open("wb") as out:
             try:

@@ -8,7 +8,6 @@ import importlib.resources
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tpserve.engine.errors import ConfigError, EngineError
+from tpserve.engine.ports import hold_port
 from tpserve.engine.process import descendants, is_running, kill_all
 
 _ADDRESSES = ("inference_address", "management_address", "metrics_address")
@@ -43,16 +43,17 @@ class TorchServeProcess:
         self.models = [name.removesuffix(".mar") for name in models]
         self._folder = Path(tempfile.mkdtemp(prefix="tps-"))  # short: sockets live below it
         self.log = self._folder / "log.txt"
-        settings = {**_packaged_properties(), **_free_addresses(), **properties}
+        torchserve, env = find_torchserve(), _environment(self._folder)
+        self._ports = contextlib.ExitStack()  # held until it has stopped
+        settings = {**_packaged_properties(), **_free_addresses(self._ports), **properties}
         self.address = settings["inference_address"]
         self.port = int(self.address.rpartition(":")[2])
         config = self._folder / "config.properties"
         config.write_text("".join(f"{key}={value}\n" for key, value in settings.items()), encoding="utf-8")
         command = [
-            find_torchserve(), "--foreground", "--start", "--ncs", "--model-store", str(model_store.resolve()),
+            torchserve, "--foreground", "--start", "--ncs", "--model-store", str(model_store.resolve()),
             "--models", *models, "--ts-config", str(config),
         ]  # fmt: skip
-        env = _environment(self._folder)
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
                 command, env=env, cwd=self._folder, stdout=log, stderr=log, stdin=subprocess.DEVNULL
@@ -104,6 +105,7 @@ class TorchServeProcess:
             left = [pid for pid in pids if is_running(pid)]
         kill_all(left)
         self._process.wait()
+        self._ports.close()
         return left
 
     def remove(self) -> None:
@@ -189,14 +191,6 @@ def _packaged_properties() -> dict[str, str]:
     return dict(line.split("=", 1) for line in lines)
 
 
-def _free_addresses() -> dict[str, str]:
-    names = (*_ADDRESSES, *_GRPC_PORTS)
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in names]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        ports = [one.getsockname()[1] for one in sockets]
-    return {
-        name: f"http://127.0.0.1:{port}" if name in _ADDRESSES else str(port)
-        for name, port in zip(names, ports, strict=True)
-    }
+def _free_addresses(held: contextlib.ExitStack) -> dict[str, str]:
+    ports = {name: held.enter_context(hold_port()).getsockname()[1] for name in (*_ADDRESSES, *_GRPC_PORTS)}
+    return {name: f"http://127.0.0.1:{port}" if name in _ADDRESSES else str(port) for name, port in ports.items()}

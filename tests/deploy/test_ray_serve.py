@@ -11,7 +11,6 @@ import importlib.util
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -31,6 +30,7 @@ from tests.helpers.contract import Address
 from tests.helpers.shards import TINY_PARAMS, write_fairscale_checkpoint
 from tests.text.models import load, tiny_model
 from tpserve.convert.convert import convert
+from tpserve.engine.ports import hold_port
 
 ROOT = Path(__file__).resolve().parents[2]
 GROUP = "ray::ServeReplica:tpserve:Group"
@@ -66,12 +66,12 @@ def name_of(process: psutil.Process) -> str:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    with tempfile.TemporaryDirectory(prefix="tps-") as name:  # short: sockets live below it
+    with tempfile.TemporaryDirectory(prefix="tps-") as name, hold_port() as held:  # short: sockets live below it
         folder = Path(name)
         rows = -(-load(tiny_model()).vocab_size // 8) * 8
         write_fairscale_checkpoint(folder / "shards", {**TINY_PARAMS, "vocab_size": rows}, mp=2)
         tiny = convert(folder / "shards", folder / "tiny", tokenizer_path=tiny_model(), progress=False)
-        port = free_port()
+        port = held.getsockname()[1]
         command = [sys.executable, str(ROOT / "deploy" / "ray_serve.py"), f"checkpoint={tiny}", f"port={port}"]
         command += ["min_replicas=2", "device=cpu", "standby=false", "max_seq_len=1024", "num_cpus=4", "api_key=k"]
         env = {**os.environ, "HOME": name, "RAY_TMPDIR": name, "RAY_USAGE_STATS_ENABLED": "0"}
@@ -98,12 +98,6 @@ def cluster() -> Iterator[Cluster]:
             assert process.stdout is not None
             process.stdout.close()
         assert not names, names
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from tpserve.engine.node_agent import NodeAgent
 from tpserve.engine.node_group import GroupOverNodes
 from tpserve.engine.node_place import Place
 from tpserve.engine.node_protocol import KEY_VARIABLE, NodeKeys
+from tpserve.engine.ports import hold_port
 from tpserve.engine.protocol import Failed, Reply, Waiting
 
 KEY = "0123456789abcdef" * 2
@@ -60,14 +60,14 @@ def without_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(node_group, "RankGroup", FakePart)
 
 
-def over_two_machines(checkpoint: Path) -> EngineConfig:
+@contextlib.contextmanager
+def over_two_machines(checkpoint: Path) -> Iterator[EngineConfig]:
     """A group of two machines, both of which are this one."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    return EngineConfig(
-        checkpoint_dir=str(checkpoint), tensor_parallel_size=4, num_nodes=2, node_address="127.0.0.1",
-        node_port=port,
-    )  # fmt: skip
+    with hold_port() as held:
+        yield EngineConfig(
+            checkpoint_dir=str(checkpoint), tensor_parallel_size=4, num_nodes=2, node_address="127.0.0.1",
+            node_port=held.getsockname()[1],
+        )  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -30,8 +30,9 @@ def _no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def config(tiny_checkpoint: Path) -> EngineConfig:
-    return over_two_machines(tiny_checkpoint)
+def config(tiny_checkpoint: Path) -> Iterator[EngineConfig]:
+    with over_two_machines(tiny_checkpoint) as config:
+        yield config
 
 
 @pytest.fixture
