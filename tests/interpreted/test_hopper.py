@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from tests.interpreted.beside import found_by
+from tests.interpreted.beside import TIMEOUT_S, found_by
 
+pytestmark = pytest.mark.timeout(2 * TIMEOUT_S + 60)
 SHARED_BYTES = 227 << 10  # of a Hopper GPU's program, by CUDA's table of compute capabilities
 SOME = {"_prefill_kernel", "_decode_kernel", "_product_kernel", "_qkv_kernel", "_gate_up_kernel", "_sum_kernel"}
 

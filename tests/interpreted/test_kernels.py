@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from tests.interpreted.beside import found_by
+from tests.interpreted.beside import TIMEOUT_S, found_by
 from tests.interpreted.checks import CHECKS
+
+pytestmark = pytest.mark.timeout(TIMEOUT_S + 60)
 
 
 @pytest.fixture(scope="module")
