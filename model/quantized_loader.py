@@ -14,10 +14,13 @@ import logging
 import torch
 from torch import nn
 
+from tpserve.model.checkpoint import CheckpointError
 from tpserve.model.llama import Llama
 from tpserve.model.plan import Share
 from tpserve.model.quantized import Float8Linear, Int4Linear, Int8Linear
 from tpserve.model.quantized_format import GROUPS, Format, finer_group, format_of
+
+_NUMBERS = 16 << 20  # looked at together
 
 logger = logging.getLogger(__name__)
 
@@ -82,9 +85,14 @@ class QuantizedWeights:
 
         Args:
             dtype: of the activations.
+
+        Raises:
+            CheckpointError: a float8 is not a number, which some products would take for one.
         """
         widened = []
         for owner, matrix in self._matrices.items():
+            if matrix.form.scheme == "fp8" and not _are_numbers(matrix.parts["q_NK"]):
+                raise CheckpointError(f"{owner}.q_NK has values that are not numbers; convert the checkpoint again")
             layer = _layer(matrix, dtype)
             if isinstance(layer, nn.Linear):
                 widened.append(owner)
@@ -96,6 +104,12 @@ class QuantizedWeights:
                 "%d weights are widened: this rank's slice of %s begins or ends within %d inputs",
                 len(widened), widened[0], GROUPS[-1],
             )  # fmt: skip
+
+
+def _are_numbers(q_NK: torch.Tensor) -> bool:
+    """Of float8_e4m3fn: its only NaN has all bits but the sign."""
+    blocks = q_NK.view(torch.uint8).flatten().split(_NUMBERS)
+    return not any(bool(((block & 0x7F) == 0x7F).any()) for block in blocks)
 
 
 def _layer(matrix: _Matrix, dtype: torch.dtype) -> nn.Module:

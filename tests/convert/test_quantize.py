@@ -191,6 +191,24 @@ def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
         convert(tmp_path / "in", tmp_path / "out", quantize="int8", progress=False)
 
 
+@pytest.mark.parametrize("byte", [0x7F, 0xFF])
+def test_a_stored_float8_that_is_no_number_is_refused(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, byte: int
+) -> None:
+    quantise = Format.quantise
+
+    def with_one(form: Format, weight_NK: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        q_NK = quantise(form, weight_NK, scale)
+        q_NK.view(torch.uint8)[-1, 3] = byte
+        return q_NK
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Format, "quantise", with_one)
+        folder = convert(source, tmp_path / "out", quantize="fp8", progress=False)
+    with pytest.raises(CheckpointError, match=r"layers\.0\.\w+\.w\w\.q_NK has values that are not numbers"):
+        load_model(folder)
+
+
 @pytest.mark.parametrize(("scheme", "message"), [("int4", "lacks|is torch"), ("int2", "int2"), (None, "lacks")])
 def test_a_model_file_that_says_otherwise(made: Make, tmp_path: Path, scheme: str | None, message: str) -> None:
     folder = convert(made("int8"), tmp_path / "folder", progress=False)
