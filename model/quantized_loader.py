@@ -108,8 +108,9 @@ class QuantizedWeights:
 
 def _are_numbers(q_NK: torch.Tensor) -> bool:
     """Of float8_e4m3fn: its only NaN has all bits but the sign."""
-    blocks = q_NK.view(torch.uint8).flatten().split(_NUMBERS)
-    return not any(bool(((block & 0x7F) == 0x7F).any()) for block in blocks)
+    numbers = q_NK.view(torch.uint8).flatten()
+    blocks = (numbers[begin : begin + _NUMBERS] for begin in range(0, len(numbers), _NUMBERS))
+    return not any(bool((block & 0x7F).amax() == 0x7F) for block in blocks)
 
 
 def _layer(matrix: _Matrix, dtype: torch.dtype) -> nn.Module:

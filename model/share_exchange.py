@@ -13,14 +13,12 @@ Shape suffixes: T tokens, S rows of a share, D residual width, N columns, P part
 
 from __future__ import annotations
 
-import os
-from typing import Any
-
 import torch
 
 from tpserve.model.kernels.mixed import matmul
 from tpserve.model.matrix import Matrix
 from tpserve.model.parallel import TensorParallel
+from tpserve.model.reachable import reachable
 
 _GATHERED, _SENT = 0, 1  # channels of barriers
 _MIN_TILES = 400  # of 128 x 256, that keep all multiprocessors busy a few times over: of fewer, a product is not cut
@@ -41,21 +39,10 @@ class ShareExchange:
     """
 
     def __init__(self, tp: TensorParallel, rows: int, dim: int, dtype: torch.dtype, device: torch.device) -> None:
-        # Multicast objects are not needed, and creating them can disturb other users of the switch.
-        os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
-        from torch.distributed import _symmetric_memory as symmetric_memory
-
-        assert tp.group is not None
-        group, size = tp.group, tp.size
+        size = tp.size
         self._tp, self._rows, share = tp, rows, -(-rows // size)
-
-        def shared(*shape: int) -> tuple[torch.Tensor, Any]:
-            tensor = symmetric_memory.empty(*shape, dtype=dtype, device=device)
-            tensor.zero_()
-            return tensor, symmetric_memory.rendezvous(tensor, group)
-
-        self._x_2SD, self._x_handle = shared(2, share, dim)
-        self._parts_2PSD, self._parts_handle = shared(2, size, share, dim)
+        self._x_2SD, self._x_handle = reachable(tp, 2, share, dim, dtype=dtype, device=device)
+        self._parts_2PSD, self._parts_handle = reachable(tp, 2, size, share, dim, dtype=dtype, device=device)
         self._theirs = [self._x_handle.get_buffer(peer, (2, share, dim), dtype) for peer in range(size)]
         self._to = [self._parts_handle.get_buffer(peer, (2, size, share, dim), dtype) for peer in range(size)]
         self._gathered_TD = torch.empty(size * share, dim, dtype=dtype, device=device)

@@ -25,8 +25,6 @@ Shape suffixes: S rows, D residual width, V vocabulary, N a rank's columns of it
 
 from __future__ import annotations
 
-import os
-
 import torch
 import triton
 import triton.language as tl
@@ -34,6 +32,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tpserve.model.kernels.norm import Normed, store_normed
 from tpserve.model.parallel import TensorParallel
+from tpserve.model.reachable import reachable
 
 
 @triton.jit
@@ -136,17 +135,11 @@ class WordExchange:
         per_step: int,
         step: torch.Tensor,
     ) -> None:
-        # Multicast objects are not needed, and creating them can disturb other users of the switch.
-        os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
-        from torch.distributed import _symmetric_memory as symmetric_memory
-
-        assert tp.group is not None
         self.tp, self.dim, self.terms, self.per_step, self.step = tp, dim, terms, per_step, step
         self._slot_words = terms * tp.size * dim
         self.gather_offset = 2 * self._slot_words
-        self._words = symmetric_memory.empty(self.gather_offset + gathered, dtype=torch.int64, device=device)
-        self._words.zero_()  # epoch 0, which no exchange has
-        self._handle = symmetric_memory.rendezvous(self._words, tp.group)
+        # Of zeros: epoch 0, which no exchange has.
+        self._words, self._handle = reachable(tp, self.gather_offset + gathered, dtype=torch.int64, device=device)
         self.peers = torch.tensor(list(self._handle.buffer_ptrs), dtype=torch.int64, device=device)
 
     def slot(self, index: int) -> int:

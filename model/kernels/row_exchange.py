@@ -18,7 +18,6 @@ Shape suffixes: S rows of the step, D residual width.
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ import triton
 import triton.language as tl
 
 from tpserve.model.parallel import TensorParallel
+from tpserve.model.reachable import reachable
 
 MAX_PROGRAMS = 512  # as many flags; 1,024 rows on two ranks
 
@@ -93,19 +93,11 @@ class RowExchange:
     """
 
     def __init__(self, tp: TensorParallel, rows: int, dim: int, dtype: torch.dtype, device: torch.device) -> None:
-        # Multicast objects are not needed, and creating them can disturb other users of the switch.
-        os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
-        from torch.distributed import _symmetric_memory as symmetric_memory
-
-        assert tp.group is not None
-        group = tp.group
         self._tp, self._rows = tp, rows
         self._handles: list[Any] = []
 
         def shared(*shape: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-            tensor = symmetric_memory.empty(*shape, dtype=dtype, device=device)
-            tensor.zero_()
-            handle = symmetric_memory.rendezvous(tensor, group)
+            tensor, handle = reachable(tp, *shape, dtype=dtype, device=device)
             self._handles.append(handle)
             return tensor, torch.tensor(list(handle.buffer_ptrs), dtype=torch.int64, device=device)
 

@@ -187,7 +187,7 @@ CHECKS: dict[str, Callable[[int, int], None]] = {
 def checks_of(group: str) -> list[str]:
     """Their names: all, or what looks at how many ranks there are, or at how much each has."""
     some = ["decode_steps", "mixed_steps_by_rows"]
-    more = ["decode_steps_by_rows", "ranks_that_fall_behind", "mixed_steps_by_shares"]
+    more = ["decode_steps_by_rows", "mixed_steps_by_shares"]
     return {"2": list(CHECKS), "4": some + more, "3": some}[group]
 
 
