@@ -34,7 +34,8 @@ def preload(config: EngineConfig) -> None:
 
 
 def _preload_compiler(num_ranks: int) -> None:
-    """A second, for what torch has imported by NCCL's first collective (2.11); nothing else needs it."""
+    """A second, for what torch has imported by NCCL's first collective (2.11). Nothing else was seen to import it: one
+    rank's loading and gloo, on a CPU."""
     if num_ranks > 1 and NVIDIA.exists():
         importlib.import_module("torch._dynamo")
 
